@@ -1,0 +1,7 @@
+package sandboxd
+
+// Machine makes sandboxes of one kind.
+type Machine interface {
+	// Name is how operators know this kind: "namespace".
+	Name() string
+}
