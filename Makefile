@@ -10,7 +10,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 BINARIES := sluice edge orchestrator guestd
 
 GOTESTSUM := gotest.tools/gotestsum@v1.13.0
-GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.9.0
+GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 FUZZTIME ?= 20s
 RUN_FLAGS ?=
 BENCH_FLAGS ?=

@@ -1,0 +1,68 @@
+// Package config reads the settings of a binary: flags first, the environment as fallback, the default beside each flag.
+// The setting `-link-listen` is SLUICE_LINK_LISTEN in the environment. What a setting means is the binary's business.
+package config
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// ErrHelp is returned when the user asked for the list of settings; it has been printed.
+var ErrHelp = flag.ErrHelp
+
+// Parse fills the flags of fs from args, and those that args leave out from the environment. It refuses words that no flag
+// takes. Usage goes to out, and only when asked for.
+func Parse(fs *flag.FlagSet, args []string, getenv func(string) string, out io.Writer) error {
+	fs.SetOutput(io.Discard)
+	usage := fs.Usage
+	fs.Usage = func() {}
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			fs.SetOutput(out)
+			if usage == nil {
+				usage = func() { fmt.Fprintf(out, "Usage of %s:\n", fs.Name()); fs.PrintDefaults() }
+			}
+			usage()
+			return ErrHelp
+		}
+		return fmt.Errorf("%s: %w (see %s -h)", fs.Name(), err, fs.Name())
+	}
+	if fs.NArg() > 0 {
+		return fmt.Errorf("%s: %q is no flag (see %s -h)", fs.Name(), fs.Arg(0), fs.Name())
+	}
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	var errs []error
+	fs.VisitAll(func(f *flag.Flag) {
+		if value := getenv(EnvName(f.Name)); value != "" && !given[f.Name] {
+			if err := fs.Set(f.Name, value); err != nil {
+				errs = append(errs, fmt.Errorf("environment %s: %w", EnvName(f.Name), err))
+			}
+		}
+	})
+	return errors.Join(errs...)
+}
+
+// EnvName is the environment's name for a flag.
+func EnvName(flagName string) string {
+	return "SLUICE_" + strings.ToUpper(strings.ReplaceAll(flagName, "-", "_"))
+}
+
+// List is a flag value of comma-separated words; repeating the flag adds to it.
+type List []string
+
+// String implements flag.Value.
+func (l *List) String() string { return strings.Join(*l, ",") }
+
+// Set implements flag.Value. The first Set replaces nothing: start with an empty List and put a default in Validate.
+func (l *List) Set(s string) error {
+	for word := range strings.SplitSeq(s, ",") {
+		if word = strings.TrimSpace(word); word != "" {
+			*l = append(*l, word)
+		}
+	}
+	return nil
+}
