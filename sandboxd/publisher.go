@@ -2,6 +2,7 @@ package sandboxd
 
 import (
 	"context"
+	"slices"
 	"time"
 )
 
@@ -11,11 +12,20 @@ type Published struct {
 	Generation uint64
 	State      State // running or paused
 	EndAt      time.Time
-	TokenHash  [32]byte // zero means public
+	TokenHash  TokenHash // zero means public
 	Mask       string
 	HTTPSPorts []uint16
 	AutoResume bool
 }
+
+// equal tells whether two routes say the same. Times may have passed through an encoding of milliseconds.
+func (p Published) equal(q Published) bool {
+	return p.Sandbox == q.Sandbox && p.Generation == q.Generation && p.State == q.State && p.TokenHash == q.TokenHash &&
+		p.Mask == q.Mask && p.AutoResume == q.AutoResume && p.EndAt.UnixMilli() == q.EndAt.UnixMilli() &&
+		slices.Equal(sorted(p.HTTPSPorts), sorted(q.HTTPSPorts))
+}
+
+func sorted(ports []uint16) []uint16 { return slices.Compact(slices.Sorted(slices.Values(ports))) }
 
 // Capacity is what the node says about itself in its lease.
 type Capacity struct {

@@ -1,6 +1,8 @@
 package sandboxd
 
 import (
+	"encoding/hex"
+	"fmt"
 	"time"
 )
 
@@ -17,6 +19,32 @@ const (
 	StateResuming State = "resuming"
 	StateKilling  State = "killing"
 )
+
+// Nonce is what a sandbox's tokens are derived from, together with a key that this package never sees.
+type Nonce [16]byte
+
+// TokenHash is the SHA-256 of a traffic token; the zero value means that the sandbox is public.
+type TokenHash [32]byte
+
+// MarshalText writes hexadecimal digits, so that records can be read by people.
+func (n Nonce) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, n[:]), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (n *Nonce) UnmarshalText(text []byte) error { return decodeHex(n[:], text) }
+
+// MarshalText writes hexadecimal digits.
+func (h TokenHash) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, h[:]), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (h *TokenHash) UnmarshalText(text []byte) error { return decodeHex(h[:], text) }
+
+func decodeHex(dst, text []byte) error {
+	if len(text) != hex.EncodedLen(len(dst)) {
+		return fmt.Errorf("%d hexadecimal digits, want %d", len(text), hex.EncodedLen(len(dst)))
+	}
+	_, err := hex.Decode(dst, text)
+	return err
+}
 
 // Network is what a sandbox may reach and how it is reached. The egress half is AllowInternetAccess, AllowOut and DenyOut and
 // can be replaced while the sandbox runs; the ingress half is fixed at create.
@@ -38,8 +66,8 @@ type CreateSpec struct {
 	EnvVars   map[string]string
 	Network   Network
 	Team      string
-	Nonce     [16]byte
-	TokenHash [32]byte // SHA-256 of the traffic token; zero means public
+	Nonce     Nonce
+	TokenHash TokenHash // SHA-256 of the traffic token; zero means public
 	EnvdToken string
 
 	AutoPause       bool // at the deadline pause instead of kill, where the machine can
@@ -48,28 +76,29 @@ type CreateSpec struct {
 }
 
 // Sandbox is one sandbox at one moment, by value: what a caller holds never changes under it. Its maps and slices are shared and
-// never written again.
+// never written again. It is also the greater part of the record on disk, so it holds no secret: neither tokens nor environment
+// variables.
 type Sandbox struct {
-	ID         string
-	Generation uint64 // of this lifecycle; a route, a link connection and a pool entry belong to exactly one
-	State      State
-	Template   string // id of the template
-	Alias      string // the name the template was asked for by
-	StartedAt  time.Time
-	EndAt      time.Time
-	Timeout    time.Duration // as asked for at create
-	CPUs       int
-	MemoryMiB  int
-	DiskMiB    int
-	Metadata   map[string]string
-	Network    Network
-	Team       string
-	Nonce      [16]byte
-	TokenHash  [32]byte
+	ID         string            `json:"id"`
+	Generation uint64            `json:"generation"` // of this lifecycle; a route, a link connection and a pool entry belong to exactly one
+	State      State             `json:"state"`
+	Template   string            `json:"template"` // id of the template
+	Alias      string            `json:"alias"`    // the name the template was asked for by
+	StartedAt  time.Time         `json:"startedAt"`
+	EndAt      time.Time         `json:"endAt"`
+	Timeout    time.Duration     `json:"timeoutNanos"` // as asked for at create
+	CPUs       int               `json:"cpus"`
+	MemoryMiB  int               `json:"memoryMiB"`
+	DiskMiB    int               `json:"diskMiB"`
+	Metadata   map[string]string `json:"metadata,omitempty"`
+	Network    Network           `json:"network"`
+	Team       string            `json:"team,omitempty"`
+	Nonce      Nonce             `json:"nonce"`
+	TokenHash  TokenHash         `json:"tokenHash"`
 
-	AutoPause       bool
-	AutoPauseMemory bool
-	AutoResume      bool
+	AutoPause       bool `json:"autoPause,omitempty"`
+	AutoPauseMemory bool `json:"autoPauseMemory,omitempty"`
+	AutoResume      bool `json:"autoResume,omitempty"`
 }
 
 // Metrics is one sample of what a sandbox uses, as its guest agent reports it.
