@@ -1,0 +1,15 @@
+//go:build !linux
+
+package lab
+
+import "testing"
+
+// Lab exists on Linux only.
+type Lab struct{}
+
+// New skips the test: there are no network namespaces here.
+func New(t testing.TB) *Lab {
+	t.Helper()
+	t.Skip("the network laboratory needs Linux and root")
+	return nil
+}

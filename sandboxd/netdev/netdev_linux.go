@@ -1,0 +1,451 @@
+package netdev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Network is the slots of this node and the host's table that serves them.
+type Network struct {
+	// Fixed after New.
+	cfg  Config
+	home int  // the namespace that New was called in: where the node lives and slots get their way out
+	ipv6 bool // the kernel has it
+
+	mu    sync.Mutex // guards the fields below; never held across a kernel call
+	slots map[int]*Slot
+	raSet []string // accept_ra files that Setup changed from 1 to 2
+}
+
+// New takes the caller's network namespace for the node's own. It changes nothing; Setup does.
+func New(cfg Config) (*Network, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	home, err := openThreadNetNS()
+	if err != nil {
+		return nil, err
+	}
+	_, err = os.Stat("/proc/sys/net/ipv6")
+	return &Network{cfg: cfg, home: home, ipv6: err == nil, slots: map[int]*Slot{}}, nil
+}
+
+// Capacity is how many slots the prefixes hold: indexes run from 0 to one less.
+func (n *Network) Capacity() int { return n.cfg.capacity() }
+
+// Setup puts the host's table in place and lets the kernel forward. It may be called again at any time: the table is replaced
+// in one step, with the slots that exist.
+func (n *Network) Setup(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	indexes, err := n.List(ctx)
+	if err != nil {
+		return err
+	}
+	return inNetNS(n.home, func() error {
+		if err := n.replaceTable(indexes); err != nil {
+			return fmt.Errorf("replace host table %s: %w", n.cfg.tableName(), err)
+		}
+		return n.enableForwarding()
+	})
+}
+
+// Close removes what Setup made, and forgets the slots without touching them: one that still exists keeps what runs in it but
+// loses its way out. The Network is of no use afterwards.
+func (n *Network) Close(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	err := inNetNS(n.home, n.removeTable)
+	n.mu.Lock()
+	slots := n.slots
+	n.slots = map[int]*Slot{}
+	n.mu.Unlock()
+	for _, slot := range slots {
+		slot.close()
+	}
+	return errors.Join(err, os.NewSyscallError("close", unix.Close(n.home)))
+}
+
+// Acquire makes slot index: namespace, veth pair, addresses, routes, its place in the host's table. The caller keeps the record
+// of who has which index. When it fails nothing of the slot is left.
+func (n *Network) Acquire(ctx context.Context, index int) (*Slot, error) {
+	p, err := n.cfg.plan(index)
+	if err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	var ns int
+	err = inNetNS(n.home, func() (err error) {
+		ns, err = n.build(p)
+		return err
+	})
+	if err != nil {
+		if !errors.Is(err, errExists) { // somebody else's, or our own living one: hands off
+			err = errors.Join(err, n.Release(context.WithoutCancel(ctx), index))
+		}
+		return nil, fmt.Errorf("acquire slot %d: %w", index, err)
+	}
+	return n.keep(newSlot(p, ns, n.ipv6)), nil
+}
+
+// errExists means that the slot, or a part of it, is there already.
+var errExists = errors.New("it exists; release or adopt it first")
+
+// build runs on a thread of its own that starts in the home namespace and ends in the new one.
+func (n *Network) build(p plan) (ns int, err error) {
+	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return -1, fmt.Errorf("open netlink: %w", err)
+	}
+	defer host.Close()
+	if _, err := host.LinkByName(p.hostDev); err == nil {
+		return -1, fmt.Errorf("device %s: %w", p.hostDev, errExists)
+	}
+	if err := createMountPoint(p.netns); err != nil {
+		return -1, err
+	}
+	step("mount point")
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return -1, os.NewSyscallError("unshare", err)
+	}
+	if err := unix.Mount("/proc/thread-self/ns/net", p.netns, "none", unix.MS_BIND, ""); err != nil {
+		return -1, &os.PathError{Op: "bind network namespace to", Path: p.netns, Err: err}
+	}
+	step("namespace")
+	ns, err = openThreadNetNS()
+	if err != nil {
+		return -1, err
+	}
+	defer func() {
+		if err != nil {
+			_ = unix.Close(ns)
+		}
+	}()
+	if err := writeSysctls(guestSysctls(n.ipv6)); err != nil { // before eth0 exists, so that it is born with the defaults
+		return -1, err
+	}
+	veth := &netlink.Veth{
+		LinkAttrs:        netlink.LinkAttrs{Name: p.hostDev, HardwareAddr: p.hostMAC, TxQLen: 1000},
+		PeerName:         guestDev,
+		PeerHardwareAddr: p.guestMAC,
+		PeerNamespace:    netlink.NsFd(ns),
+	}
+	if err := host.LinkAdd(veth); err != nil {
+		return -1, fmt.Errorf("add veth pair %s: %w", p.hostDev, err)
+	}
+	step("veth")
+	guest, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return -1, fmt.Errorf("open netlink inside: %w", err)
+	}
+	defer guest.Close()
+	if err := n.configureGuest(guest, p); err != nil {
+		return -1, fmt.Errorf("configure inside: %w", err)
+	}
+	step("guest")
+	if err := unix.Setns(n.home, unix.CLONE_NEWNET); err != nil {
+		return -1, fmt.Errorf("return to the home namespace: %w", err)
+	}
+	if err := n.configureHost(host, p); err != nil {
+		return -1, fmt.Errorf("configure %s: %w", p.hostDev, err)
+	}
+	step("host")
+	if err := n.addToTable(p); err != nil {
+		return -1, fmt.Errorf("add to host table %s: %w", n.cfg.tableName(), err)
+	}
+	return ns, nil
+}
+
+// step is called after each step of build; tests stop there.
+var step = func(string) {}
+
+// createMountPoint makes the empty file that the namespace is bound to. The file is the claim on the slot: only one can make it.
+func createMountPoint(path string) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%s: %w", path, errExists)
+	}
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// configureGuest sets up the inside: lo with the constant address, eth0 with the slot's, and everything else by way of the host.
+func (n *Network) configureGuest(h *netlink.Handle, p plan) error {
+	lo, err := h.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
+	if err := h.AddrAdd(lo, address(GuestConstant, 32)); err != nil {
+		return fmt.Errorf("add address %s: %w", GuestConstant, err)
+	}
+	if err := h.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("set lo up: %w", err)
+	}
+	eth0, err := h.LinkByName(guestDev)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", guestDev, err)
+	}
+	return n.configureEnd(h, eth0, end{
+		addr: p.guest, addr6: p.guest6, bits: p.prefixLen, bits6: p.prefix6L,
+		peer: p.host, peer6: p.host6, peerMAC: p.hostMAC, viaPeer: true,
+	})
+}
+
+// configureHost sets up the host's end. The thread is in the home namespace, which /proc/sys shows.
+func (n *Network) configureHost(h *netlink.Handle, p plan) error {
+	if err := writeSysctls(hostDevSysctls(p.hostDev, n.ipv6)); err != nil {
+		return err
+	}
+	dev, err := h.LinkByName(p.hostDev)
+	if err != nil {
+		return fmt.Errorf("find it: %w", err)
+	}
+	return n.configureEnd(h, dev, end{
+		addr: p.host, addr6: p.host6, bits: p.prefixLen, bits6: p.prefix6L,
+		peer: p.guest, peer6: p.guest6, peerMAC: p.guestMAC,
+	})
+}
+
+// end is one end of the veth pair: its own addresses, and the neighbour on the other side.
+type end struct {
+	addr, addr6 netip.Addr
+	bits, bits6 int
+	peer, peer6 netip.Addr
+	peerMAC     net.HardwareAddr
+	viaPeer     bool // the peer is the way to everywhere
+}
+
+func (n *Network) configureEnd(h *netlink.Handle, link netlink.Link, e end) error {
+	addrs := []*netlink.Addr{address(e.addr, e.bits)}
+	peers := []netip.Addr{e.peer}
+	if n.ipv6 {
+		addr6 := address(e.addr6, e.bits6)
+		addr6.Flags = unix.IFA_F_NODAD // the pair has two ends and both addresses are ours: usable at once
+		addrs, peers = append(addrs, addr6), append(peers, e.peer6)
+	}
+	for _, addr := range addrs {
+		if err := h.AddrAdd(link, addr); err != nil {
+			return fmt.Errorf("add address %s: %w", addr.IPNet, err)
+		}
+	}
+	if err := h.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set it up: %w", err)
+	}
+	for _, peer := range peers {
+		neigh := &netlink.Neigh{LinkIndex: link.Attrs().Index, State: unix.NUD_PERMANENT, IP: peer.AsSlice(), HardwareAddr: e.peerMAC}
+		if err := h.NeighSet(neigh); err != nil {
+			return fmt.Errorf("set neighbour %s: %w", peer, err)
+		}
+		if !e.viaPeer {
+			continue
+		}
+		if err := h.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: peer.AsSlice()}); err != nil {
+			return fmt.Errorf("add default route by %s: %w", peer, err)
+		}
+	}
+	return nil
+}
+
+func address(a netip.Addr, bits int) *netlink.Addr {
+	return &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, a.BitLen())}}
+}
+
+// Adopt takes over a slot that an earlier process made, after making sure that it is whole, and puts it back into the host's
+// table. When it fails the slot is as it was; Release removes it.
+func (n *Network) Adopt(index int) (*Slot, error) {
+	p, err := n.cfg.plan(index)
+	if err != nil {
+		return nil, err
+	}
+	ns, err := openNetNS(p.netns)
+	if err != nil {
+		return nil, fmt.Errorf("adopt slot %d: %w", index, err)
+	}
+	err = inNetNS(ns, func() error { return n.checkGuest(p) })
+	if err == nil {
+		err = inNetNS(n.home, func() error {
+			if err := checkLink(p.hostDev, p.hostMAC, n.addrs(p.host, p.host6)); err != nil {
+				return err
+			}
+			return n.addToTable(p)
+		})
+	}
+	if err != nil {
+		_ = unix.Close(ns)
+		return nil, fmt.Errorf("adopt slot %d: %w", index, err)
+	}
+	return n.keep(newSlot(p, ns, n.ipv6)), nil
+}
+
+func (n *Network) checkGuest(p plan) error {
+	if err := checkLink("lo", nil, []netip.Addr{GuestConstant}); err != nil {
+		return err
+	}
+	return checkLink(guestDev, p.guestMAC, n.addrs(p.guest, p.guest6))
+}
+
+func (n *Network) addrs(v4, v6 netip.Addr) []netip.Addr {
+	if n.ipv6 {
+		return []netip.Addr{v4, v6}
+	}
+	return []netip.Addr{v4}
+}
+
+// checkLink finds a device of the thread's namespace up, with its hardware address (unless nil) and these addresses.
+func checkLink(name string, mac net.HardwareAddr, want []netip.Addr) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", name, err)
+	}
+	if link.Attrs().Flags&net.FlagUp == 0 {
+		return fmt.Errorf("%s is down", name)
+	}
+	if mac != nil && !slices.Equal(link.Attrs().HardwareAddr, mac) {
+		return fmt.Errorf("%s has hardware address %s, want %s", name, link.Attrs().HardwareAddr, mac)
+	}
+	addrs, err := h.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("list addresses of %s: %w", name, err)
+	}
+	for _, addr := range want {
+		if !slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IP.Equal(addr.AsSlice()) }) {
+			return fmt.Errorf("%s lacks address %s", name, addr)
+		}
+	}
+	return nil
+}
+
+// keep remembers the slot for Release, and forgets an older view of it.
+func (n *Network) keep(s *Slot) *Slot {
+	n.mu.Lock()
+	old := n.slots[s.Index]
+	n.slots[s.Index] = s
+	n.mu.Unlock()
+	if old != nil {
+		old.close()
+	}
+	return s
+}
+
+// Release removes slot index, whole or half made, ours or a dead process's; one that does not exist is no error. It goes on
+// after a failure, so that calling it again finishes the work. Processes inside are the caller's to end: they keep the
+// namespace, without its way out, until they are gone.
+func (n *Network) Release(_ context.Context, index int) error {
+	p, err := n.cfg.plan(index)
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	slot := n.slots[index]
+	delete(n.slots, index)
+	n.mu.Unlock()
+	if slot != nil {
+		slot.close()
+	}
+	err = errors.Join(
+		inNetNS(n.home, func() error {
+			return errors.Join(n.removeFromTable(p), removeLink(p.hostDev))
+		}),
+		removeNetNS(p.netns),
+	)
+	if err != nil {
+		return fmt.Errorf("release slot %d: %w", index, err)
+	}
+	return nil
+}
+
+func removeLink(name string) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	link, err := h.LinkByName(name)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("find device %s: %w", name, err)
+	}
+	if err := h.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("delete device %s: %w", name, err)
+	}
+	return nil
+}
+
+// removeNetNS unmounts until nothing is mounted, because a crash between two attempts can leave one over another.
+func removeNetNS(path string) error {
+	for {
+		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			break
+		}
+		if err != nil {
+			return &os.PathError{Op: "unmount", Path: path, Err: err}
+		}
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// List returns the indexes of which anything exists on this host, in order: namespaces and host devices.
+func (n *Network) List(ctx context.Context) ([]int, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(netnsDir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var indexes []int
+	for _, entry := range entries {
+		if index, ok := n.cfg.index(entry.Name()); ok {
+			indexes = append(indexes, index)
+		}
+	}
+	err = inNetNS(n.home, func() error {
+		devices, err := net.Interfaces()
+		if err != nil {
+			return fmt.Errorf("list devices: %w", err)
+		}
+		for _, dev := range devices {
+			if index, ok := n.cfg.index(dev.Name); ok {
+				indexes = append(indexes, index)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(indexes)
+	return slices.Compact(indexes), nil
+}
