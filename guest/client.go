@@ -1,0 +1,260 @@
+package guest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// callTime bounds a call whose context has no earlier deadline: the other side may accept and never answer.
+	callTime = 10 * time.Second
+	// maxAnswer bounds what is read of an answer. The largest honest one is a few hundred bytes.
+	maxAnswer = 64 << 10
+)
+
+// Client is the node's side of the control socket. The sandbox may have replaced the agent, so every call has a deadline, every answer a limit, and
+// a socket that is handed over is looked at before it is used. A Client has no state to close: each call makes a connection of its own.
+type Client struct {
+	dial func(ctx context.Context) (net.Conn, error)
+	http *http.Client
+}
+
+// NewClient talks to the agent's control socket at socketPath.
+func NewClient(socketPath string) *Client {
+	return NewClientDial(func(ctx context.Context) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", socketPath)
+	})
+}
+
+// NewClientDial talks over connections that dial makes: over vsock, say. DialPort works on Unix sockets only.
+func NewClientDial(dial func(ctx context.Context) (net.Conn, error)) *Client {
+	return &Client{dial: dial, http: &http.Client{
+		Transport: &http.Transport{
+			DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+			DisableKeepAlives:      true,
+			DisableCompression:     true, // a small answer must not unfold into a large one
+			MaxResponseHeaderBytes: maxAnswer,
+			Protocols:              http1Only(),
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+}
+
+func http1Only() *http.Protocols {
+	p := new(http.Protocols)
+	p.SetHTTP1(true)
+	return p
+}
+
+// InitRequest is what a sandbox is told when it starts to belong to somebody.
+type InitRequest struct {
+	EnvVars        map[string]string
+	AccessToken    string // empty opens the agent to everybody
+	Timestamp      time.Time
+	DefaultUser    string // empty leaves it to the agent
+	DefaultWorkdir string
+	Hostname       string
+	LifecycleID    string // for the agent's log
+}
+
+// Metrics is what the sandbox says about itself. None of it can be trusted.
+type Metrics struct {
+	Timestamp  int64   `json:"ts"` // Unix seconds
+	CPUCount   int     `json:"cpu_count"`
+	CPUUsedPct float64 `json:"cpu_used_pct"` // of all CPUs together
+	MemTotal   int64   `json:"mem_total"`    // bytes, as are the next two
+	MemUsed    int64   `json:"mem_used"`
+	MemCache   int64   `json:"mem_cache"`
+	// For SDKs older than 0.2.4.
+	MemTotalMiB int64 `json:"mem_total_mib"`
+	MemUsedMiB  int64 `json:"mem_used_mib"`
+	DiskUsed    int64 `json:"disk_used"` // bytes of the root filesystem
+	DiskTotal   int64 `json:"disk_total"`
+}
+
+// Init gives the agent its identity and its environment. It may be called again, and replaces what was there.
+func (c *Client) Init(ctx context.Context, req InitRequest) error {
+	env := req.EnvVars
+	if env == nil {
+		env = map[string]string{}
+	}
+	body, err := json.Marshal(initRequest{
+		EnvVars: &env, AccessToken: &req.AccessToken, Timestamp: req.Timestamp, DefaultUser: &req.DefaultUser,
+		DefaultWorkdir: &req.DefaultWorkdir, LifecycleID: req.LifecycleID, Hostname: req.Hostname,
+	})
+	if err != nil {
+		return fmt.Errorf("encode init: %w", err)
+	}
+	return c.call(ctx, http.MethodPost, "/init", body, http.StatusNoContent, nil)
+}
+
+// Health asks whether the agent answers.
+func (c *Client) Health(ctx context.Context) error {
+	return c.call(ctx, http.MethodGet, "/health", nil, http.StatusNoContent, nil)
+}
+
+// Metrics asks for a sample.
+func (c *Client) Metrics(ctx context.Context) (Metrics, error) {
+	var m Metrics
+	err := c.call(ctx, http.MethodGet, "/metrics", nil, http.StatusOK, &m)
+	return m, err
+}
+
+func (c *Client) call(ctx context.Context, method, path string, body []byte, want int, into any) error {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, "http://guest"+path, bytes.NewReader(body))
+	if err != nil {
+		return fmt.Errorf("call guest: %w", err)
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	res, err := c.http.Do(req)
+	if err != nil {
+		return fmt.Errorf("call guest: %w", err)
+	}
+	defer res.Body.Close()
+	raw, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
+	switch {
+	case err != nil:
+		return fmt.Errorf("read answer of guest to %s: %w", path, err)
+	case len(raw) > maxAnswer:
+		return fmt.Errorf("answer of guest to %s is larger than %d bytes", path, maxAnswer)
+	case res.StatusCode != want:
+		return fmt.Errorf("guest answered %s with status %d: %q", path, res.StatusCode, strings.ToValidUTF8(string(raw[:min(len(raw), 200)]), ""))
+	case into == nil:
+		return nil
+	}
+	if err := json.Unmarshal(raw, into); err != nil {
+		return fmt.Errorf("decode answer of guest to %s: %w", path, err)
+	}
+	return nil
+}
+
+// DialPort connects to a server in the sandbox by asking the agent for a connected socket. When nobody listens the error is
+// syscall.ECONNREFUSED by errors.Is.
+//
+// The socket's file description is shared with the agent, which may keep a copy: it can read, write, close or unblock it behind our back, though
+// nothing in it is worth more than the sandbox's own traffic.
+func (c *Client) DialPort(ctx context.Context, port uint16) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	conn, err := c.dial(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("dial guest: %w", err)
+	}
+	defer conn.Close()
+	carrier, ok := conn.(*net.UnixConn)
+	if !ok {
+		return nil, fmt.Errorf("dial port %d through guest: %w", port, errors.ErrUnsupported)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = carrier.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	socket, err := requestSocket(carrier, port)
+	if err != nil {
+		if ctx.Err() != nil {
+			err = ctx.Err()
+		}
+		return nil, fmt.Errorf("dial port %d through guest: %w", port, err)
+	}
+	defer socket.Close() // FileConn makes a duplicate
+	target, err := net.FileConn(socket)
+	if err != nil {
+		return nil, fmt.Errorf("use socket of guest: %w", err)
+	}
+	return target, nil
+}
+
+func requestSocket(carrier *net.UnixConn, port uint16) (*os.File, error) {
+	if _, err := carrier.Write([]byte{dialHello, byte(port >> 8), byte(port)}); err != nil {
+		return nil, err
+	}
+	var verdict [1]byte
+	// Room for exactly one descriptor: the kernel drops whatever else is sent.
+	oob := make([]byte, unix.CmsgLen(4))
+	n, oobn, flags, _, err := carrier.ReadMsgUnix(verdict[:], oob)
+	fds := received(oob[:oobn])
+	if err == nil && n == 0 {
+		err = io.ErrUnexpectedEOF
+	}
+	switch {
+	case err != nil:
+	case flags&unix.MSG_CTRUNC != 0 || len(fds) > 1:
+		err = errors.New("guest sent more than one descriptor")
+	case verdict[0] == dialRefused:
+		err = syscall.ECONNREFUSED
+	case verdict[0] != dialOpen:
+		err = errors.New("guest could not connect")
+	case len(fds) == 0:
+		err = errors.New("guest sent no descriptor")
+	default:
+		err = checkSocket(fds[0])
+	}
+	if err != nil {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		return nil, err
+	}
+	return os.NewFile(uintptr(fds[0]), "guest"), nil
+}
+
+// received are the descriptors in a control message; whatever else is in it is nothing that we asked for.
+func received(oob []byte) []int {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil
+	}
+	var fds []int
+	for _, m := range messages {
+		if rights, err := unix.ParseUnixRights(&m); err == nil {
+			fds = append(fds, rights...)
+		}
+	}
+	return fds
+}
+
+// checkSocket accepts a connected TCP socket and nothing else: not a file of the sandbox, not a listener, not a device.
+func checkSocket(fd int) error {
+	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	if err != nil {
+		return fmt.Errorf("descriptor of guest is no socket: %w", err)
+	}
+	if domain != unix.AF_INET && domain != unix.AF_INET6 {
+		return fmt.Errorf("socket of guest has domain %d", domain)
+	}
+	for _, want := range []struct {
+		option, value int
+		name          string
+	}{
+		{unix.SO_TYPE, unix.SOCK_STREAM, "type"},
+		{unix.SO_PROTOCOL, unix.IPPROTO_TCP, "protocol"},
+		{unix.SO_ACCEPTCONN, 0, "listening state"},
+	} {
+		got, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, want.option)
+		if err != nil {
+			return fmt.Errorf("socket of guest: %w", err)
+		}
+		if got != want.value {
+			return fmt.Errorf("socket of guest has %s %d", want.name, got)
+		}
+	}
+	if _, err := unix.Getpeername(fd); err != nil {
+		return fmt.Errorf("socket of guest is not connected: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,301 @@
+package guest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxInitBody bounds an init: mostly environment, which the kernel would not take larger than this anyway.
+const maxInitBody = 4 << 20
+
+// initRequest is the body of POST /init. A field that is absent changes nothing; unknown fields are for other agents.
+type initRequest struct {
+	EnvVars        *map[string]string `json:"envVars,omitempty"`
+	AccessToken    *string            `json:"accessToken,omitempty"`
+	Timestamp      time.Time          `json:"timestamp,omitzero"`
+	DefaultUser    *string            `json:"defaultUser,omitempty"`
+	DefaultWorkdir *string            `json:"defaultWorkdir,omitempty"`
+	LifecycleID    string             `json:"lifecycleID,omitempty"`
+	Hostname       string             `json:"hostname,omitempty"`
+}
+
+// controlHandler is what the node may ask on the private socket. Who can connect there is the node.
+func (a *agent) controlHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /health", serveHealth)
+	mux.HandleFunc("GET /metrics", a.serveMetrics)
+	mux.HandleFunc("POST /init", a.serveInit)
+	mux.HandleFunc("/", serveNotFound)
+	return mux
+}
+
+func (a *agent) serveInit(w http.ResponseWriter, r *http.Request) {
+	var req initRequest
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxInitBody)).Decode(&req); err != nil {
+		writeError(w, http.StatusBadRequest, "error parsing body: "+err.Error())
+		return
+	}
+	if req.EnvVars != nil {
+		if _, err := environment(account{}, *req.EnvVars); err != nil {
+			writeError(w, http.StatusBadRequest, err.Error())
+			return
+		}
+	}
+	if req.DefaultUser != nil && *req.DefaultUser != "" {
+		if _, err := a.accounts.lookup(*req.DefaultUser); err != nil {
+			writeError(w, http.StatusBadRequest, "default user: "+err.Error())
+			return
+		}
+	}
+	if a.settings.apply(req) {
+		a.log.Info("initialized", "lifecycle", req.LifecycleID)
+		if a.pid1 {
+			a.adoptMachine(req)
+		}
+	}
+	w.Header().Set("X-Envd-Version", Version)
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// adoptMachine sets clock and hostname, where the sandbox has its own and the agent may. A namespace shares the host's clock and needs nothing.
+func (a *agent) adoptMachine(req initRequest) {
+	if req.Hostname != "" {
+		if err := unix.Sethostname([]byte(req.Hostname)); err != nil {
+			a.log.Debug("hostname not set", "error", err)
+		}
+	}
+	// A machine that was restored is behind by the length of its sleep; smaller differences are those of the call itself.
+	if off := time.Since(req.Timestamp).Abs(); req.Timestamp.IsZero() || off < time.Second {
+		return
+	}
+	tv := unix.NsecToTimeval(req.Timestamp.UnixNano())
+	if err := unix.Settimeofday(&tv); err != nil {
+		a.log.Debug("clock not set", "error", err)
+	}
+}
+
+// The dial protocol shares the control socket with HTTP: the first byte tells them apart, since no HTTP method begins with a NUL. The
+// request is dialHello and the port in network order; the answer is one verdict byte, and with dialOpen the connected socket comes along as
+// SCM_RIGHTS. So the node gets a socket of the sandbox's network without any right to enter it.
+const (
+	dialHello = 0x00
+
+	dialOpen    = 'o'
+	dialRefused = 'r' // nobody listens
+	dialFailed  = 'f'
+
+	// dialTime is for all addresses together. They are local: a listener whose backlog is full is the only thing that can take time.
+	dialTime = 3 * time.Second
+	// helloTime is how long a new control connection may say nothing.
+	helloTime = 10 * time.Second
+	// maxDials bounds the connections of the control socket that have not shown what they are, or are dialing.
+	maxDials = 256
+)
+
+// dialListener answers dial requests by itself and hands every other connection on, as a listener for HTTP.
+type dialListener struct {
+	net.Listener
+	log   *slog.Logger
+	web   chan net.Conn
+	slots chan struct{}
+	done  chan struct{}
+	close sync.Once
+	err   error // of the inner Accept; written before web is closed
+}
+
+func newDialListener(inner net.Listener, log *slog.Logger) *dialListener {
+	l := &dialListener{Listener: inner, log: log, web: make(chan net.Conn), slots: make(chan struct{}, maxDials), done: make(chan struct{})}
+	go l.accept()
+	return l
+}
+
+func (l *dialListener) accept() {
+	defer close(l.web)
+	var open sync.WaitGroup
+	defer open.Wait()
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			if pause(err) {
+				continue
+			}
+			l.err = err
+			return
+		}
+		l.slots <- struct{}{}
+		open.Go(func() {
+			defer func() { <-l.slots }()
+			l.sort(conn)
+		})
+	}
+}
+
+// pause waits out a shortage of descriptors; false for an error that stays.
+func pause(err error) bool {
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ECONNABORTED) {
+		time.Sleep(50 * time.Millisecond)
+		return true
+	}
+	return false
+}
+
+// sort finds out what a connection is for.
+func (l *dialListener) sort(conn net.Conn) {
+	var first [1]byte
+	_ = conn.SetDeadline(time.Now().Add(helloTime))
+	if _, err := conn.Read(first[:]); err != nil {
+		conn.Close()
+		return
+	}
+	if first[0] == dialHello {
+		defer conn.Close()
+		if err := answerDial(conn); err != nil {
+			l.log.Debug("dial for the node failed", "error", err)
+		}
+		return
+	}
+	_ = conn.SetDeadline(time.Time{})
+	select {
+	case l.web <- &peekedConn{Conn: conn, first: first[:]}:
+	case <-l.done:
+		conn.Close()
+	}
+}
+
+// Accept returns the next HTTP connection.
+func (l *dialListener) Accept() (net.Conn, error) {
+	select {
+	case conn, ok := <-l.web:
+		if !ok {
+			return nil, l.err
+		}
+		return conn, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *dialListener) Close() error {
+	var err error
+	l.close.Do(func() {
+		close(l.done)
+		err = l.Listener.Close()
+	})
+	return err
+}
+
+// peekedConn gives back the byte that was read to sort it.
+type peekedConn struct {
+	net.Conn
+	first []byte
+}
+
+func (c *peekedConn) Read(p []byte) (int, error) {
+	if len(c.first) > 0 && len(p) > 0 {
+		n := copy(p, c.first)
+		c.first = c.first[n:]
+		return n, nil
+	}
+	return c.Conn.Read(p)
+}
+
+func answerDial(conn net.Conn) error {
+	carrier, ok := conn.(*net.UnixConn)
+	if !ok {
+		return errors.ErrUnsupported
+	}
+	var port [2]byte
+	for got := 0; got < len(port); {
+		n, err := carrier.Read(port[got:])
+		if err != nil {
+			return err
+		}
+		got += n
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), dialTime)
+	defer cancel()
+	target, err := dialLocal(ctx, uint16(port[0])<<8|uint16(port[1]))
+	if err != nil {
+		verdict := byte(dialFailed)
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			verdict = dialRefused
+		}
+		_, werr := carrier.Write([]byte{verdict})
+		return errors.Join(err, werr)
+	}
+	defer target.Close()
+	return sendSocket(carrier, target)
+}
+
+func sendSocket(carrier *net.UnixConn, socket *net.TCPConn) error {
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(fd uintptr) {
+		_, _, err = carrier.WriteMsgUnix([]byte{dialOpen}, unix.UnixRights(int(fd)), nil)
+	})
+	return errors.Join(cerr, err)
+}
+
+// dialLocal connects to a server in the sandbox, on whichever of its addresses it listens. Refused everywhere is refused.
+func dialLocal(ctx context.Context, port uint16) (*net.TCPConn, error) {
+	var d net.Dialer
+	var errs []error
+	for _, addr := range localAddresses() {
+		conn, err := d.DialContext(ctx, "tcp", net.JoinHostPort(addr, strconv.Itoa(int(port))))
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		tcp, ok := conn.(*net.TCPConn)
+		if ok && !talksToItself(tcp) {
+			return tcp, nil
+		}
+		conn.Close()
+		errs = append(errs, syscall.ECONNREFUSED)
+	}
+	return nil, errors.Join(errs...)
+}
+
+// talksToItself notices TCP's simultaneous open: a connection to a local port of the ephemeral range that nobody listens on can be given that very
+// port as its own, and then succeeds.
+func talksToItself(c *net.TCPConn) bool { return c.LocalAddr().String() == c.RemoteAddr().String() }
+
+// localAddresses are the loopback addresses first: most servers listen there or everywhere.
+func localAddresses() []string {
+	all := []string{"127.0.0.1", "::1"}
+	ifaces, err := net.Interfaces()
+	if err != nil {
+		return all
+	}
+	for _, iface := range ifaces {
+		addrs, err := iface.Addrs()
+		if err != nil {
+			continue
+		}
+		for _, a := range addrs {
+			prefix, err := netip.ParsePrefix(a.String())
+			if err != nil || prefix.Addr().IsLoopback() {
+				continue
+			}
+			addr := prefix.Addr()
+			if addr.IsLinkLocalUnicast() && addr.Is6() {
+				addr = addr.WithZone(iface.Name)
+			}
+			all = append(all, addr.String())
+		}
+	}
+	return all
+}

@@ -1,0 +1,172 @@
+// Package guest is the agent inside a sandbox, which the E2B SDKs call envd, and the node's client for it. It serves processes, PTYs and files
+// on port 49983, and the node's control calls on a private socket. cmd/guestd runs the agent, sandboxd holds the client.
+//
+// The agent is not a fence. It acts as root of the sandbox and does for the holder of the access token whatever that root may do; a request names
+// the user that a process runs as and that new files belong to, as with E2B, but files are opened by the agent itself. The fence is around the
+// sandbox. The other way round the client trusts nothing that comes back: whoever is root in the sandbox can replace this agent.
+package guest
+
+//go:generate ./generate.sh
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// Version is the envd whose wire this agent speaks; SDKs switch features on by it.
+	Version = "0.6.13"
+	// Port is where SDKs find the agent.
+	Port = 49983
+	// ControlFDVariable names the descriptor of the control listener that the agent inherits.
+	ControlFDVariable = "SLUICE_CONTROL_FD"
+
+	// idleTimeout is longer than that of every proxy in front, so that the proxy is always the one that closes an idle connection.
+	idleTimeout = 640 * time.Second
+	// headerTimeout bounds a client that sends its request head byte by byte.
+	headerTimeout = 30 * time.Second
+	// maxHeaderBytes leaves room for X-Metadata headers; the kernel stores at most 64 KiB per attribute anyway.
+	maxHeaderBytes = 128 << 10
+)
+
+// Options configure the agent. The zero value serves port 49983 and nothing else.
+type Options struct {
+	// Listen is the public listener; nil means port 49983 on every address, IPv4 and IPv6.
+	Listen net.Listener
+	// Control is the private listener for the node's calls; nil means none.
+	Control net.Listener
+	// DefaultUser acts when a request names nobody and init named nobody; empty means "user", or root where there is no such user.
+	DefaultUser string
+	// Etc is the directory of passwd and group; empty means /etc.
+	Etc string
+	// PID1 says that the agent is the sandbox's init: it reaps orphans, and owns clock and hostname.
+	PID1 bool
+	// Log is where the agent speaks; nil means nowhere.
+	Log *slog.Logger
+}
+
+// agent holds what the parts share.
+type agent struct {
+	log       *slog.Logger
+	accounts  accounts
+	settings  settings
+	processes *processes
+	watchers  *watchers
+	usage     usage
+	pid1      bool
+}
+
+// Run serves until ctx ends or a listener fails, then kills what it started.
+func Run(ctx context.Context, opts Options) error {
+	a := newAgent(opts)
+	listen := opts.Listen
+	if listen == nil {
+		var err error
+		if listen, err = net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(Port))); err != nil {
+			return fmt.Errorf("listen for clients: %w", err)
+		}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	var wg sync.WaitGroup
+	fail := make(chan error, 2)
+	public := a.newServer(a.publicHandler())
+	servers := []*http.Server{public}
+	wg.Go(func() { fail <- serve(public, listen, "clients") })
+	if opts.Control != nil {
+		control := a.newServer(a.controlHandler())
+		servers = append(servers, control)
+		wg.Go(func() { fail <- serve(control, newDialListener(opts.Control, a.log), "the node") })
+	}
+	if a.pid1 {
+		wg.Go(func() { a.processes.reapOrphans(ctx) })
+	}
+	wg.Go(func() { a.watchers.expire(ctx) })
+
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-fail:
+	}
+	cancel()
+	a.processes.killAll()
+	a.watchers.closeAll()
+	for _, s := range servers {
+		err = errors.Join(err, s.Close())
+	}
+	wg.Wait()
+	return err
+}
+
+func newAgent(opts Options) *agent {
+	log := opts.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	etc := opts.Etc
+	if etc == "" {
+		etc = "/etc"
+	}
+	a := &agent{
+		log:       log,
+		accounts:  accounts{etc: etc},
+		processes: newProcesses(log),
+		watchers:  newWatchers(),
+		pid1:      opts.PID1,
+	}
+	a.settings.fallbackUser = opts.DefaultUser
+	return a
+}
+
+func (a *agent) newServer(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: headerTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          slog.NewLogLogger(a.log.Handler(), slog.LevelDebug),
+		// No ReadTimeout and no WriteTimeout: uploads and event streams last as long as they move. Each sets its own deadlines.
+	}
+}
+
+func serve(s *http.Server, l net.Listener, whom string) error {
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve %s: %w", whom, err)
+	}
+	return nil
+}
+
+// ControlListener takes the inherited control listener out of the environment; nil when there is none. The variable is removed and the descriptor
+// closed on exec, so no process in the sandbox inherits either.
+func ControlListener() (net.Listener, error) {
+	value, ok := os.LookupEnv(ControlFDVariable)
+	if !ok {
+		return nil, nil
+	}
+	if err := os.Unsetenv(ControlFDVariable); err != nil {
+		return nil, fmt.Errorf("remove %s: %w", ControlFDVariable, err)
+	}
+	fd, err := strconv.Atoi(value)
+	if err != nil || fd < 3 {
+		return nil, fmt.Errorf("%s is %q, want a descriptor above 2", ControlFDVariable, value)
+	}
+	unix.CloseOnExec(fd)
+	f := os.NewFile(uintptr(fd), "control")
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("use descriptor %d as control listener: %w", fd, err)
+	}
+	return l, nil
+}
