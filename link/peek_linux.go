@@ -1,7 +1,7 @@
 package link
 
 import (
-	"errors"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -12,13 +12,14 @@ import (
 func (c *Conn) peekSocket(fd uintptr) {
 	var b [1]byte
 	for {
-		n, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		// Bare, because unix.Recvfrom allocates for an address that a stream does not have. It does not block.
+		n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, fd, uintptr(unsafe.Pointer(&b)), 1, unix.MSG_PEEK|unix.MSG_DONTWAIT, 0, 0)
 		switch {
-		case errors.Is(err, unix.EINTR):
+		case errno == unix.EINTR:
 			continue
-		case errors.Is(err, unix.EAGAIN):
+		case errno == unix.EAGAIN:
 			c.alive = true
-		case err == nil && n > 0:
+		case errno == 0 && n > 0:
 			c.health = discardPoison
 		}
 		return

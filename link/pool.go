@@ -158,35 +158,37 @@ func (p *Pool) stop() {
 const reapBatch = 64
 
 func (p *Pool) reap(now time.Time) {
-	var c *Conn // the next to look at; nil: from the oldest
-	for started := false; !started || c != nil; started = true {
-		var gone [discardReasons][]*Conn
-		p.mu.Lock()
-		if c == nil || c.state != stateIdle { // it was taken between two batches: the rest waits for the next reap
-			if started {
-				p.mu.Unlock()
-				return
-			}
-			c = p.oldest
-		}
-		for range reapBatch {
-			if c == nil {
-				break
-			}
-			next := c.newer
-			switch {
-			case now.Sub(c.since) >= p.opts.IdleTimeout:
-				gone[discardIdle] = append(gone[discardIdle], p.closeIdleLocked(c))
-			case !c.checkAlive():
-				gone[c.health] = append(gone[c.health], p.closeIdleLocked(c))
-			}
-			c = next
-		}
-		p.mu.Unlock()
-		for reason, conns := range gone {
-			p.shutAll(conns, discardReason(reason))
-		}
+	p.mu.Lock()
+	c := p.oldest
+	p.mu.Unlock()
+	for c != nil {
+		c = p.reapFrom(c, now)
 	}
+}
+
+// reapFrom looks at a batch from c on, towards the newer ones, and returns where to go on.
+func (p *Pool) reapFrom(c *Conn, now time.Time) *Conn {
+	var gone [discardReasons][]*Conn
+	p.mu.Lock()
+	for range reapBatch {
+		if c == nil || c.state != stateIdle { // taken between two batches: the rest waits for the next reap
+			c = nil
+			break
+		}
+		next := c.newer
+		switch {
+		case now.Sub(c.since) >= p.opts.IdleTimeout:
+			gone[discardIdle] = append(gone[discardIdle], p.closeIdleLocked(c))
+		case !c.checkAlive():
+			gone[c.health] = append(gone[c.health], p.closeIdleLocked(c))
+		}
+		c = next
+	}
+	p.mu.Unlock()
+	for reason, conns := range gone {
+		p.shutAll(conns, discardReason(reason))
+	}
+	return c
 }
 
 // take returns the idle connection of key that was released last, now in use, or nil.
@@ -217,11 +219,13 @@ func (p *Pool) release(c *Conn) {
 		p.drop(c, discardForgot)
 		return
 	}
+	if c.bucket.idle >= p.opts.MaxIdlePerPort {
+		p.mu.Unlock()
+		p.drop(c, discardFull) // the others of its bucket are no worse
+		return
+	}
 	var evicted *Conn
-	switch {
-	case c.bucket.idle >= p.opts.MaxIdlePerPort:
-		evicted = p.closeIdleLocked(c.bucket.bottom())
-	case p.idle >= p.opts.MaxIdle:
+	if p.idle >= p.opts.MaxIdle {
 		evicted = p.closeIdleLocked(p.oldest)
 	}
 	c.since = now
@@ -362,13 +366,4 @@ func (p *Pool) removeIdleLocked(c *Conn) {
 	b.idle--
 	p.idle--
 	p.stats.idle.Dec()
-}
-
-// bottom returns the connection of a bucket that has been idle for longest.
-func (b *bucket) bottom() *Conn {
-	c := b.top
-	for c.below != nil {
-		c = c.below
-	}
-	return c
 }

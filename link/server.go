@@ -415,4 +415,3 @@ func (p *pendingPeers) evicted(peer *pendingPeer) bool {
 	defer p.mu.Unlock()
 	return peer.out
 }
-
