@@ -72,6 +72,9 @@ func (d *Dialer) Dial(ctx context.Context, t Target) (net.Conn, error) {
 	if v, ok := errors.AsType[*VerdictError](err); ok {
 		return nil, v
 	}
+	if ctx.Err() != nil {
+		err = fmt.Errorf("%w: %w", ctx.Err(), err) // what it broke off may not say that it was that
+	}
 	return nil, &errs.Error{Code: errs.Unavailable, Msg: "the sandbox's node does not answer", Err: err}
 }
 
@@ -104,9 +107,6 @@ func (d *Dialer) try(ctx context.Context, addr string, p *preface) (conn net.Con
 		if err != nil {
 			resetConn(tcp)
 			conn = nil
-			if ctx.Err() != nil {
-				err = fmt.Errorf("%w: %w", ctx.Err(), err)
-			}
 		}
 	}()
 	if err := tune(tcp); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"iter"
 	"net"
 	"runtime"
 	"strings"
@@ -152,9 +153,8 @@ func checkGoroutines(t testing.TB) {
 	t.Helper()
 	t.Cleanup(func() {
 		for wait := time.Millisecond; ; wait *= 2 {
-			buf := make([]byte, 1<<20)
 			var left []string
-			for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+			for stack := range stacks() {
 				if strings.Contains(stack, "sluice/link.") && !strings.Contains(stack, "testing.tRunner") &&
 					!strings.Contains(stack, "testing.(*B)") {
 					left = append(left, stack)
@@ -170,6 +170,12 @@ func checkGoroutines(t testing.TB) {
 			time.Sleep(wait)
 		}
 	})
+}
+
+// stacks yields the stack of every goroutine.
+func stacks() iter.Seq[string] {
+	buf := make([]byte, 1<<20)
+	return strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n")
 }
 
 // eventually waits for something that another goroutine is about to do.
