@@ -1,0 +1,166 @@
+package namespace
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Process is a running sandbox. All of its methods may be called from any goroutine.
+type Process struct {
+	// Fixed after it was made.
+	handle Handle
+	pidfd  *os.File
+	done   chan struct{} // closed by watch
+
+	mu     sync.Mutex // guards the fields below
+	commit *os.File   // write end of the watchdog's pipe; nil once committed, and for an adopted one
+	err    error
+}
+
+// Handle is what to write down, before Commit.
+func (p *Process) Handle() Handle { return p.handle }
+
+// Done is closed when the sandbox's first process is gone, and with it every other.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Err says how the sandbox ended: nil while it runs. An adopted sandbox is not our child, so its status is not known.
+func (p *Process) Err() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
+}
+
+// Commit says that the Handle is on record. Until then the sandbox dies with this process, however that ends; afterwards
+// it survives it. Idempotent.
+func (p *Process) Commit() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.commit == nil {
+		return nil
+	}
+	_, err := p.commit.Write([]byte{1})
+	err = errors.Join(err, p.commit.Close())
+	p.commit = nil
+	if err != nil {
+		return fmt.Errorf("commit sandbox: %w", err)
+	}
+	return nil
+}
+
+// Kill ends the sandbox and waits until it is gone. A sandbox that has ended already is no error.
+func (p *Process) Kill(ctx context.Context) error {
+	select {
+	case <-p.done:
+		return nil
+	default:
+	}
+	if err := p.signal(unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill sandbox: %w", err)
+	}
+	select {
+	case <-p.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the end of a killed sandbox: %w", context.Cause(ctx))
+	}
+}
+
+// Release stops watching the sandbox without ending it, as if this process had been replaced: for a daemon that shuts
+// down and leaves its sandboxes running. One that was not committed dies.
+func (p *Process) Release() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	err := p.pidfd.Close()
+	if p.commit != nil {
+		err = errors.Join(err, p.commit.Close())
+		p.commit = nil
+	}
+	return err
+}
+
+func (p *Process) signal(sig unix.Signal) error {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var sent error
+	err = raw.Control(func(fd uintptr) { sent = unix.PidfdSendSignal(int(fd), sig, nil, 0) })
+	return errors.Join(err, sent)
+}
+
+// openPidfd opens the process if it is still the one that was written down. The descriptor pins it: whatever happens to
+// the number later, a signal reaches this process or nobody.
+func openPidfd(pid int, startTime uint64) (*os.File, error) {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, err
+	}
+	now, err := startTimeOf(pid)
+	if err == nil && startTime != 0 && now != startTime {
+		err = unix.ESRCH
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), "pidfd"), nil
+}
+
+// newProcess watches a process in one goroutine that waits in the network poller, not in a thread.
+func newProcess(h Handle, pidfd, commit *os.File) *Process {
+	p := &Process{handle: h, pidfd: pidfd, commit: commit, done: make(chan struct{})}
+	go p.watch()
+	return p
+}
+
+func (p *Process) watch() {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return // released before it began
+	}
+	var end error
+	err = raw.Read(func(fd uintptr) bool {
+		over, status := reap(int(fd))
+		end = status
+		return over
+	})
+	if err != nil {
+		return // released
+	}
+	p.mu.Lock()
+	p.err = end
+	if p.commit != nil {
+		p.commit.Close() // nothing is left to guard; the watchdog goes home
+		p.commit = nil
+	}
+	p.mu.Unlock()
+	p.pidfd.Close()
+	close(p.done)
+}
+
+var errGone = errors.New("sandbox ended")
+
+// reap tells whether the process is over, and collects it if it is our child.
+func reap(pidfd int) (over bool, status error) {
+	var info siginfoChild
+	err := info.wait(pidfd)
+	switch {
+	case errors.Is(err, unix.ECHILD):
+		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, 0)
+		return err == nil && n > 0, errGone
+	case err != nil:
+		return false, nil
+	case info.pid == 0:
+		return false, nil
+	case info.code == cldExited:
+		return true, fmt.Errorf("%w: guestd exited with status %d", errGone, info.status)
+	default:
+		return true, fmt.Errorf("%w: guestd was killed by signal %d (%s)", errGone, info.status, unix.SignalName(unix.Signal(info.status)))
+	}
+}
