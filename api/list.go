@@ -1,0 +1,299 @@
+package api
+
+import (
+	"cmp"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/sluice-edge/sluice/api/gen"
+	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/sandboxd"
+)
+
+// pageSize is the length of a page when the client does not say; openapi.yaml has the most that it may ask for.
+const pageSize = 100
+
+// query is what a list is asked for. Every node applies it to its own sandboxes; because a cursor is a place in the one order of
+// all sandboxes, the pages of several nodes merge into a page of the whole.
+type query struct {
+	team            string
+	metadata        map[string]string
+	running, paused bool
+	startedAfter    time.Time // zero: whenever
+	template        string    // empty: any
+	asc             bool
+	after           *cursor // nil: from the beginning
+	limit           int     // zero: no limit
+}
+
+// matches leaves states aside, for X-Total-Running counts whatever states were asked for.
+func (q *query) matches(sb sandboxd.Sandbox) bool {
+	if sb.Team != q.team || !isShown(sb) || !sb.StartedAt.After(q.startedAfter) {
+		return false
+	}
+	if q.template != "" && q.template != sb.Template && q.template != sb.Alias {
+		return false
+	}
+	for key, value := range q.metadata {
+		if got, ok := sb.Metadata[key]; !ok || got != value {
+			return false
+		}
+	}
+	return true
+}
+
+// page sorts items, and cuts out what follows the cursor and fits the limit.
+func (q *query) page(items []gen.ListedSandbox) (page []gen.ListedSandbox, more bool) {
+	slices.SortFunc(items, func(a, b gen.ListedSandbox) int { return q.compare(cursorOf(a), cursorOf(b)) })
+	if q.after != nil {
+		items = slices.DeleteFunc(items, func(item gen.ListedSandbox) bool { return q.compare(cursorOf(item), *q.after) <= 0 })
+	}
+	if q.limit > 0 && len(items) > q.limit {
+		return items[:q.limit], true
+	}
+	return items, false
+}
+
+func (q *query) compare(a, b cursor) int {
+	order := cmp.Or(a.at.Compare(b.at), cmp.Compare(a.id, b.id))
+	if q.asc {
+		return order
+	}
+	return -order
+}
+
+// local applies q to the sandboxes of this node.
+func (h *handler) local(q *query) (page []gen.ListedSandbox, more bool, totalRunning int) {
+	items := []gen.ListedSandbox{}
+	for _, sb := range h.sandboxes.List() {
+		if !q.matches(sb) {
+			continue
+		}
+		state := shownState(sb)
+		if state == gen.Running {
+			totalRunning++
+		}
+		if state == gen.Running && !q.running || state == gen.Paused && !q.paused {
+			continue
+		}
+		items = append(items, gen.ListedSandbox{
+			TemplateID:  sb.Template,
+			SandboxID:   sb.ID,
+			ClientID:    clientID,
+			Alias:       optional(sb.Alias),
+			StartedAt:   sb.StartedAt.UTC(),
+			EndAt:       sb.EndAt.UTC(),
+			CPUCount:    int32(sb.CPUs),
+			MemoryMB:    int32(sb.MemoryMiB),
+			DiskSizeMB:  int32(sb.DiskMiB),
+			Metadata:    sb.Metadata,
+			State:       state,
+			EnvdVersion: envdVersion,
+		})
+	}
+	page, more = q.page(items)
+	return page, more, totalRunning
+}
+
+// listed is a page of the whole cluster.
+type listed struct {
+	items        []gen.ListedSandbox
+	next         string // empty on the last page
+	totalRunning int
+	missing      int // nodes that did not answer
+}
+
+func (h *handler) list(ctx context.Context, q *query) (listed, error) {
+	items, more, total := h.local(q)
+	others, missing, err := h.askAll(ctx, callOf(ctx).uri)
+	if err != nil {
+		return listed{}, err
+	}
+	for _, other := range others {
+		var part []gen.ListedSandbox
+		if err := json.Unmarshal(other.body, &part); err != nil {
+			return listed{}, fmt.Errorf("decode the list of another node: %w", err)
+		}
+		items = append(items, part...)
+		more = more || other.header.Get("X-Next-Token") != ""
+		if n, err := strconv.Atoi(other.header.Get("X-Total-Running")); err == nil {
+			total += n
+		}
+	}
+	page, cut := q.page(items)
+	answer := listed{items: page, totalRunning: total, missing: missing}
+	if (more || cut) && len(page) > 0 {
+		last := cursorOf(page[len(page)-1])
+		last.asc = q.asc
+		answer.next = last.String()
+	}
+	return answer, nil
+}
+
+// ListSandboxes implements GET /sandboxes.
+func (h *handler) ListSandboxes(ctx context.Context, req gen.ListSandboxesRequestObject) (gen.ListSandboxesResponseObject, error) {
+	metadata, err := parseMetadata(deref(req.Params.Metadata))
+	if err != nil {
+		return nil, err
+	}
+	answer, err := h.list(ctx, &query{team: callOf(ctx).principal.Team, metadata: metadata, running: true})
+	if err != nil {
+		return nil, err
+	}
+	return gen.ListSandboxes200JSONResponse(answer.items), nil
+}
+
+// ListSandboxesPaged implements GET /v2/sandboxes.
+func (h *handler) ListSandboxesPaged(ctx context.Context, req gen.ListSandboxesPagedRequestObject) (gen.ListSandboxesPagedResponseObject, error) {
+	q, err := parseQuery(req.Params)
+	if err != nil {
+		return nil, err
+	}
+	q.team = callOf(ctx).principal.Team
+	answer, err := h.list(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	return gen.ListSandboxesPaged200JSONResponse{
+		Body: answer.items,
+		Headers: gen.ListSandboxesPaged200ResponseHeaders{
+			XNextToken:       optional(answer.next),
+			XTotalRunning:    &answer.totalRunning,
+			SluiceIncomplete: optional(answer.missing),
+		},
+	}, nil
+}
+
+func parseQuery(params gen.ListSandboxesPagedParams) (*query, error) {
+	q := &query{limit: pageSize, template: deref(params.Template), startedAfter: deref(params.StartedAfter)}
+	if params.Limit != nil {
+		q.limit = int(*params.Limit)
+	}
+	var err error
+	if q.metadata, err = parseMetadata(deref(params.Metadata)); err != nil {
+		return nil, err
+	}
+	if q.running, q.paused, err = parseStates(deref(params.State)); err != nil {
+		return nil, err
+	}
+	q.asc = params.Order != nil && *params.Order == gen.Asc
+	if token := deref(params.NextToken); token != "" {
+		after, err := parseCursor(token)
+		if err != nil {
+			return nil, err
+		}
+		if params.Order != nil && after.asc != q.asc {
+			return nil, errInvalidCursor // it belongs to a list in the other direction
+		}
+		q.after, q.asc = &after, after.asc
+	}
+	return q, nil
+}
+
+func deref[T any](p *T) T {
+	if p == nil {
+		var zero T
+		return zero
+	}
+	return *p
+}
+
+func parseStates(s string) (running, paused bool, err error) {
+	if s == "" {
+		return true, true, nil
+	}
+	for state := range strings.SplitSeq(s, ",") {
+		switch gen.SandboxState(state) {
+		case gen.Running:
+			running = true
+		case gen.Paused:
+			paused = true
+		default:
+			return false, false, errs.New(errs.Invalid, "validation error: state %q is neither running nor paused", clip(state))
+		}
+	}
+	return running, paused, nil
+}
+
+// parseMetadata takes off the layers that SDKs put on, after the query's own: the whole once, then every key and value.
+func parseMetadata(s string) (map[string]string, error) {
+	if s == "" {
+		return nil, nil
+	}
+	whole, err := url.QueryUnescape(s)
+	if err != nil {
+		return nil, invalidMetadata(err)
+	}
+	metadata := make(map[string]string)
+	for pair := range strings.SplitSeq(whole, "&") {
+		if pair == "" {
+			continue
+		}
+		rawKey, rawValue, _ := strings.Cut(pair, "=")
+		key, err := url.QueryUnescape(rawKey)
+		if err != nil {
+			return nil, invalidMetadata(err)
+		}
+		value, err := url.QueryUnescape(rawValue)
+		if err != nil {
+			return nil, invalidMetadata(err)
+		}
+		if earlier, ok := metadata[key]; ok && earlier != value {
+			return nil, errs.New(errs.Invalid, "Invalid metadata filter: %q has two values, which no sandbox can have", clip(key))
+		}
+		metadata[key] = value
+	}
+	return metadata, nil
+}
+
+func invalidMetadata(err error) error {
+	return errs.New(errs.Invalid, "Invalid metadata filter: %s", clip(err.Error()))
+}
+
+// cursor is a place in the order of sandboxes: that of the last one on a page.
+type cursor struct {
+	at  time.Time
+	id  string
+	asc bool
+}
+
+var errInvalidCursor = errs.New(errs.Invalid, "Invalid next token")
+
+func cursorOf(item gen.ListedSandbox) cursor { return cursor{at: item.StartedAt, id: item.SandboxID} }
+
+// String is the X-Next-Token.
+func (c cursor) String() string {
+	text := c.at.UTC().Format(time.RFC3339Nano) + "__" + c.id
+	if c.asc {
+		text += "__asc"
+	}
+	return base64.URLEncoding.EncodeToString([]byte(text))
+}
+
+// parseCursor accepts only what String writes, with or without its padding.
+func parseCursor(token string) (cursor, error) {
+	text, err := base64.RawURLEncoding.DecodeString(strings.TrimRight(token, "="))
+	if err != nil {
+		return cursor{}, errInvalidCursor
+	}
+	parts := strings.Split(string(text), "__")
+	if len(parts) != 2 && (len(parts) != 3 || parts[2] != "asc") || !isID(parts[1]) {
+		return cursor{}, errInvalidCursor
+	}
+	at, err := time.Parse(time.RFC3339Nano, parts[0])
+	if err != nil {
+		return cursor{}, errInvalidCursor
+	}
+	c := cursor{at: at.UTC(), id: parts[1], asc: len(parts) == 3}
+	if strings.TrimRight(c.String(), "=") != strings.TrimRight(token, "=") {
+		return cursor{}, errInvalidCursor
+	}
+	return c, nil
+}
