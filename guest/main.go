@@ -4,10 +4,13 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"os/signal"
 	"strconv"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // Main is the agent as a program: its control listener and its log level come from the environment, which its children do not see.
@@ -19,6 +22,10 @@ func Main(ctx context.Context) error {
 	control, err := ControlListener()
 	if err != nil {
 		return fmt.Errorf("take over control socket: %w", err)
+	}
+	// Whatever else the launcher left open stops here. A kernel without close_range is older than any that this runs on.
+	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("close inherited descriptors on exec: %w", err)
 	}
 	level := slog.LevelInfo
 	if debug, _ := strconv.ParseBool(os.Getenv("SLUICE_GUEST_DEBUG")); debug {

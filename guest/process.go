@@ -163,7 +163,8 @@ type pump struct {
 	chunk int
 	event func([]byte) *process.ProcessEvent_DataEvent
 	ended chan struct{} // closed when everything was published
-	grace chan struct{} // closed when the process is gone: what is there is read, what may come is not awaited for long
+	grace chan struct{} // closed when the process is gone: what is there is read, what may come is awaited until limit
+	limit time.Time     // written before grace is closed
 }
 
 func newPump(from *os.File, chunk int, event func([]byte) *process.ProcessEvent_DataEvent) *pump {
@@ -300,9 +301,11 @@ func (ps *processes) attend(p *running, pumps []*pump) {
 	delete(ps.owned, int(p.pid))
 	ps.forking.Unlock()
 
+	limit := time.Now().Add(drainTime)
 	for _, pump := range pumps {
+		pump.limit = limit
 		close(pump.grace)
-		_ = pump.from.SetReadDeadline(time.Now().Add(drainTime)) // wakes a read that would wait longer
+		_ = pump.from.SetReadDeadline(limit) // wakes a read that would wait longer
 	}
 	for _, pump := range pumps {
 		<-pump.ended
@@ -325,7 +328,6 @@ func (ps *processes) attend(p *running, pumps []*pump) {
 func (p *pump) run(out *fanout) {
 	buf := make([]byte, p.chunk)
 	var late int
-	var limit time.Time
 	for {
 		n, err := p.from.Read(buf)
 		if n > 0 {
@@ -341,11 +343,8 @@ func (p *pump) run(out *fanout) {
 		}
 		// The reader may be slow: what is in the pipe is still read after the limit, only nothing is awaited then.
 		now := time.Now()
-		if limit.IsZero() {
-			limit = now.Add(drainTime)
-		}
-		if now.Before(limit) {
-			_ = p.from.SetReadDeadline(limit)
+		if now.Before(p.limit) {
+			_ = p.from.SetReadDeadline(p.limit)
 			continue
 		}
 		if late += n; n == 0 || late > drainBytes {

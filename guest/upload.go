@@ -110,7 +110,7 @@ func (a *agent) uploadParts(parts *multipart.Reader, target string, u account, m
 				"you cannot upload multiple files to the same path '%s' in one upload request, only the first specified file was uploaded", path)
 		}
 		seen[path] = true
-		entry, err := writeFile(path, u, part, metadata)
+		entry, err := writeFile(path, u, sourceReader{part}, metadata)
 		if err != nil {
 			return nil, err
 		}
@@ -148,7 +148,8 @@ type sourceReader struct{ r io.Reader }
 
 func (s sourceReader) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
-	if err != nil && !errors.Is(err, io.EOF) {
+	var known *fileError
+	if err != nil && !errors.Is(err, io.EOF) && !errors.As(err, &known) {
 		err = refuse(http.StatusBadRequest, "error reading body: %v", err)
 	}
 	return n, err

@@ -188,7 +188,13 @@ func (t *tree) handle(event fsnotify.Event, emit func(*filesystem.FilesystemEven
 		if len(t.announced) < maxAnnounced {
 			t.announced[path] = struct{}{}
 		}
-		return t.report(path, filesystem.EventType_EVENT_TYPE_CREATE, emit)
+		if err := t.report(path, filesystem.EventType_EVENT_TYPE_CREATE, emit); err != nil {
+			return err
+		}
+		if info, err := os.Lstat(path); err != nil || !info.Mode().IsRegular() || info.Size() == 0 {
+			return nil
+		}
+		return t.report(path, filesystem.EventType_EVENT_TYPE_WRITE, emit)
 	})
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return nil
