@@ -34,6 +34,10 @@ const (
 	// drainBytes bounds what is read after drainTime: as much as a pipe can hold.
 	drainBytes = 1 << 20
 
+	// killWait is how long a kill waits for its effect, so that whoever is told of it finds the pid gone. Only a process stuck in the kernel
+	// takes longer.
+	killWait = 2 * time.Second
+
 	// endKept is how long the result of a process is kept for a client that connects late, and maxEnded for how many at once.
 	endKept  = 30 * time.Second
 	maxEnded = 1024
@@ -58,6 +62,8 @@ type running struct {
 	turn chan struct{} // holds a token: one writer at a time, and a waiting one can give up
 	in   *os.File      // write end of stdin; nil without
 	shut bool          // in is closed; guarded by turn
+
+	dead chan struct{} // closed when the process is reaped
 
 	mu       sync.Mutex
 	reaped   bool // the pid may mean another process from here on
@@ -108,7 +114,7 @@ func (ps *processes) start(spec startSpec) (*running, *reader, error) {
 		return nil, nil, err
 	}
 	p := &running{
-		tag: spec.tag, config: spec.config, out: newFanout(), turn: make(chan struct{}, 1),
+		tag: spec.tag, config: spec.config, out: newFanout(), turn: make(chan struct{}, 1), dead: make(chan struct{}),
 		cmd: &exec.Cmd{
 			Path: path,
 			Args: append([]string{spec.config.GetCmd()}, spec.config.GetArgs()...),
@@ -297,6 +303,7 @@ func (ps *processes) attend(p *running, pumps []*pump) {
 		p.timer.Stop()
 	}
 	p.mu.Unlock()
+	close(p.dead)
 	ps.forking.Lock()
 	delete(ps.owned, int(p.pid))
 	ps.forking.Unlock()
@@ -447,6 +454,16 @@ func (p *running) signal(s syscall.Signal) error {
 }
 
 func (p *running) kill() { _ = p.signal(syscall.SIGKILL) } // already dead is fine
+
+// awaitDeath waits for a kill to take effect, for a while.
+func (p *running) awaitDeath(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, killWait)
+	defer cancel()
+	select {
+	case <-p.dead:
+	case <-ctx.Done():
+	}
+}
 
 // expire is the deadline of Start.
 func (p *running) expire() {

@@ -294,7 +294,7 @@ func (s processService) CloseStdin(
 
 // SendSignal sends SIGTERM or SIGKILL.
 func (s processService) SendSignal(
-	_ context.Context, req *connect.Request[process.SendSignalRequest],
+	ctx context.Context, req *connect.Request[process.SendSignalRequest],
 ) (*connect.Response[process.SendSignalResponse], error) {
 	p, err := s.findLive(req.Msg.GetProcess())
 	if err != nil {
@@ -314,6 +314,9 @@ func (s processService) SendSignal(
 		return nil, gone(p)
 	case err != nil:
 		return nil, rpcError("error sending signal", err)
+	}
+	if signal == syscall.SIGKILL {
+		p.awaitDeath(ctx)
 	}
 	return connect.NewResponse(&process.SendSignalResponse{}), nil
 }

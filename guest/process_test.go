@@ -249,13 +249,20 @@ func TestHostileJSON(t *testing.T) {
 func TestStdin(t *testing.T) {
 	s := startAgent(t)
 	tag := "my tag"
-	req := sh("cat; echo end")
+	req := sh("cat; echo end; exec sleep 600")
 	req.Tag = &tag
 	stream := s.start(t, t.Context(), req, "")
 	selector := &process.ProcessSelector{Selector: &process.ProcessSelector_Tag{Tag: tag}}
+	closeStdin := func() {
+		t.Helper()
+		if _, err := s.process.CloseStdin(t.Context(), connect.NewRequest(&process.CloseStdinRequest{Process: selector})); err != nil {
+			t.Errorf("CloseStdin = %v", err)
+		}
+	}
 	o := collect(stream, func(o *outcome) {
 		switch {
-		case o.stdout == "" && o.end == nil:
+		case o.end != nil:
+		case o.stdout == "":
 			if err := s.send(t, selector, "one\n"); err != nil {
 				t.Errorf("SendInput = %v", err)
 			}
@@ -273,12 +280,18 @@ func TestStdin(t *testing.T) {
 			if _, err := in.CloseAndReceive(); err != nil {
 				t.Errorf("CloseAndReceive = %v", err)
 			}
-			for range 2 { // the second finds it closed, and that is fine
-				if _, err := s.process.CloseStdin(t.Context(), connect.NewRequest(&process.CloseStdinRequest{Process: selector})); err != nil {
-					t.Errorf("CloseStdin = %v", err)
-				}
-			}
+			closeStdin()
+		case o.stdout == "one\ntwo\nend\n":
+			closeStdin() // it is closed, and that is fine
 			wantCode(t, s.send(t, selector, "three\n"), connect.CodeFailedPrecondition)
+			if err := s.signal(t, byPID(o.pid), process.Signal_SIGNAL_SIGKILL); err != nil {
+				t.Errorf("SendSignal = %v", err)
+			}
+			// Killed means gone: whoever asks next finds nobody.
+			wantCode(t, s.signal(t, byPID(o.pid), process.Signal_SIGNAL_SIGKILL), connect.CodeNotFound)
+			if !dead(int(o.pid)) {
+				t.Error("killed, and still there")
+			}
 		}
 	})
 	if o.stdout != "one\ntwo\nend\n" {
