@@ -111,8 +111,6 @@ func (r *relay) close() {
 // reset ends both connections such that both peers see a reset.
 func (r *relay) reset(cause error) {
 	r.end.Do(func() {
-		resetConn(r.edge)
-		resetConn(r.guest)
 		switch {
 		case errors.Is(cause, os.ErrDeadlineExceeded):
 			r.stats.resets[resetHalfOpen].Inc()
@@ -120,6 +118,8 @@ func (r *relay) reset(cause error) {
 		default:
 			r.stats.resets[resetPeer].Inc()
 		}
+		resetConn(r.edge)
+		resetConn(r.guest)
 	})
 }
 
