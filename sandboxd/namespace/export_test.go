@@ -4,4 +4,6 @@ package namespace
 func (m *Machine) SetStep(f func(name string)) { m.step = f }
 
 // CgroupDirs is where a sandbox's cgroups are.
-func (m *Machine) CgroupDirs(spec Spec) []string { return m.cgroups.plan(spec.cgroupName(), spec.Limits).Dirs }
+func (m *Machine) CgroupDirs(spec Spec) []string {
+	return m.cgroups.plan(spec.cgroupName(), spec.Limits).Dirs
+}

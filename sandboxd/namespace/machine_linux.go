@@ -303,7 +303,7 @@ func listenControl(path string) (*os.File, error) {
 
 // launch runs the stages, up to the execution of guestd.
 func (m *Machine) launch(ctx context.Context, spec Spec, plan Plan, control *os.File) (*Process, error) {
-	log, err := os.OpenFile(filepath.Join(spec.Dir, logName), os.O_CREATE|os.O_TRUNC|os.O_WRONLY|os.O_APPEND, 0o600)
+	log, err := m.openLog(filepath.Join(spec.Dir, logName))
 	if err != nil {
 		return nil, fmt.Errorf("open guestd's log: %w", err)
 	}
@@ -345,6 +345,23 @@ func (m *Machine) launch(ctx context.Context, spec Spec, plan Plan, control *os.
 		commitWrite.Close() // the watchdog kills what there is
 	}
 	return p, err
+}
+
+// openLog is a file and not a pipe, so that guestd outlives us; each start begins a new one. The file is opened on a
+// detached mount of itself, because /proc/1/fd tells everybody inside the path of what is opened on the host's.
+func (m *Machine) openLog(path string) (*os.File, error) {
+	const flags = os.O_WRONLY | os.O_APPEND
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|flags, 0o600)
+	if err != nil || m.cfg.Rootless {
+		return f, err
+	}
+	defer f.Close()
+	tree, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(tree)
+	return os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", tree), flags, 0)
 }
 
 // collect waits for stage one, which ends at Commit or with the sandbox.

@@ -15,14 +15,15 @@ package namespace
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"net/netip"
 	"path/filepath"
 	"regexp"
+	"slices"
 
 	"github.com/sluice-edge/sluice/internal/errs"
-
-	"crypto/sha256"
 
 	"go.uber.org/zap"
 )
@@ -92,7 +93,10 @@ const (
 	maxSockPath = 107  // sun_path, less its terminating zero
 )
 
-var idPattern = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
+var (
+	idPattern   = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
+	hostPattern = regexp.MustCompile(`^[A-Za-z0-9.-]{1,64}$`)
+)
 
 func (s Spec) validate(rootless bool) error {
 	switch {
@@ -104,6 +108,10 @@ func (s Spec) validate(rootless bool) error {
 		return errs.New(errs.Invalid, "sandbox directory %q is too long for a socket in it", s.Dir)
 	case s.Limits.MemoryMiB < 0 || s.Limits.CPUs < 0 || s.Limits.Pids < 0:
 		return errs.New(errs.Invalid, "a sandbox limit is negative")
+	case s.Hostname != "" && !hostPattern.MatchString(s.Hostname):
+		return errs.New(errs.Invalid, "host name %q is not 1 to 64 of [A-Za-z0-9.-]", s.Hostname)
+	case slices.ContainsFunc(s.Resolv, func(a string) bool { _, err := netip.ParseAddr(a); return err != nil }):
+		return errs.New(errs.Invalid, "a name server in %q is not an address", s.Resolv)
 	case rootless && s.NetNS != "":
 		return errs.New(errs.Invalid, "a rootless sandbox makes its own network namespace, but one was given")
 	case rootless:
