@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// Conn is a link connection that a Pool handed out. Exactly one of Release, Discard and Close ends its use.
+// Conn is a link connection that a Pool handed out. Release, Discard or Close ends its use; after Release it belongs to
+// somebody else, after the other two calling any of them again does nothing.
 type Conn struct {
 	conn   net.Conn
 	raw    syscall.RawConn  // of the socket, for the check in Get; nil: cannot be checked, so is never pooled

@@ -213,6 +213,10 @@ func (p *Pool) release(c *Conn) {
 	}
 	now := time.Now()
 	p.mu.Lock()
+	if c.state == stateClosed {
+		p.mu.Unlock()
+		return
+	}
 	p.wantUsedLocked(c)
 	if p.stopped || c.bucket.forgotten {
 		p.mu.Unlock()
@@ -237,9 +241,13 @@ func (p *Pool) release(c *Conn) {
 	}
 }
 
-// drop closes a connection in use.
+// drop closes a connection in use. A closed one stays closed, as with any net.Conn.
 func (p *Pool) drop(c *Conn, reason discardReason) {
 	p.mu.Lock()
+	if c.state == stateClosed {
+		p.mu.Unlock()
+		return
+	}
 	p.wantUsedLocked(c)
 	c.state = stateClosed
 	p.unrefLocked(c.bucket)
@@ -248,7 +256,7 @@ func (p *Pool) drop(c *Conn, reason discardReason) {
 	c.shut()
 }
 
-// wantUsedLocked stops whoever ends the use of a connection twice before two requests share one.
+// wantUsedLocked stops whoever gives a connection back twice, before two requests share it.
 func (p *Pool) wantUsedLocked(c *Conn) {
 	if c.state != stateUsed {
 		p.mu.Unlock()

@@ -271,6 +271,7 @@ func TestPoolReleaseRules(t *testing.T) {
 		{"release", (*Conn).Release, true},
 		{"discard", (*Conn).Discard, false},
 		{"close", func(c *Conn) { _ = c.Close() }, false},
+		{"closed in every way", func(c *Conn) { c.Discard(); c.Discard(); _ = c.Close(); c.Release() }, false},
 		{"half-closed", func(c *Conn) { _ = c.CloseWrite(); c.Release() }, false},
 		{"deadline passed", func(c *Conn) { _ = c.SetReadDeadline(time.Unix(1, 0)); c.Release() }, true},
 		{"closed below", func(c *Conn) { _ = c.conn.Close(); _ = c.SetDeadline(time.Time{}); c.Release() }, false},

@@ -14,6 +14,7 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 )
 
 // ServerOptions are a server's settings. Key or TLS must be given.
@@ -61,6 +62,7 @@ type Server struct {
 	tls      *tls.Config
 	key      macKey
 	log      *zap.Logger
+	warn     *zap.Logger // sampled
 	stats    *serverMetrics
 	registry *registry
 	window   *window
@@ -79,11 +81,13 @@ func NewServer(b Backend, opts ServerOptions) *Server {
 	if opts.Log == nil {
 		opts.Log = zap.NewNop()
 	}
+	log := opts.Log.Named("link")
 	s := &Server{
 		backend:  b,
 		opts:     opts,
 		key:      newMACKey(opts.Key),
-		log:      opts.Log.Named("link"),
+		log:      log,
+		warn:     log.WithOptions(zap.WrapCore(sampled)),
 		stats:    newServerMetrics(opts.Metrics),
 		registry: newRegistry(opts.MaxConns, opts.MaxConnsPerSandbox),
 		window:   newWindow(opts.MaxNonces, time.Now()),
@@ -95,6 +99,12 @@ func NewServer(b Backend, opts ServerOptions) *Server {
 		s.tls.SessionTicketsDisabled = true
 	}
 	return s
+}
+
+// sampled lets one line of a kind through per 10 s, because peers decide how often something goes wrong here. The counters
+// have them all.
+func sampled(core zapcore.Core) zapcore.Core {
+	return zapcore.NewSamplerWithOptions(core, 10*time.Second, 1, 0)
 }
 
 func setDefault[T int | time.Duration](v *T, def T) {
@@ -110,10 +120,12 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		_ = ln.Close()
 		return errors.New("link server has neither a cluster key nor TLS with client certificates")
 	}
+	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { _ = ln.Close() }) // Accept says that it is closed
 	defer stop()
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	defer cancel() // whatever ends the loop ends its connections
 	delay := time.Duration(0)
 	for {
 		conn, err := ln.Accept()
@@ -130,7 +142,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 			// Out of descriptors, a peer that left the queue: it passes, and until then there is no hurry.
 			s.stats.acceptErrors.Inc()
 			delay = min(max(2*delay, 5*time.Millisecond), time.Second)
-			s.log.Warn("accept again after a pause", zap.Error(err), zap.Duration("took", delay))
+			s.warn.Warn("accept again after a pause", zap.Error(err))
 			sleep(ctx, delay)
 			continue
 		}
@@ -160,6 +172,9 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn) {
 	stop := context.AfterFunc(ctx, func() { resetConn(conn) })
 	defer stop()
 	edge, p, err := s.handshake(conn)
+	if err == nil {
+		err = tune(conn) // not before: a stranger is not worth the system calls
+	}
 	if err != nil {
 		reason := rejectReasonOf(err)
 		s.stats.rejects[reason].Inc()
@@ -178,7 +193,7 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn) {
 	verdict := s.admit(&p)
 	if verdict == 0 {
 		s.stats.rejects[rejectReplay].Inc()
-		s.log.Warn("replayed link header", zap.Stringer("client", conn.RemoteAddr()), zap.String("sandbox", p.sandbox))
+		s.warn.Warn("replayed link header", zap.Stringer("client", conn.RemoteAddr()), zap.String("sandbox", p.sandbox))
 		resetConn(conn)
 		return
 	}
@@ -199,6 +214,9 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn) {
 		resetConn(guest)
 		return
 	}
+	if ce := s.log.Check(zap.DebugLevel, "link open"); ce != nil {
+		ce.Write(zap.String("sandbox", p.sandbox), zap.Stringer("client", p.client), zap.Stringer("upstream", guest.RemoteAddr()))
+	}
 	s.stats.open.Inc()
 	defer s.stats.open.Dec()
 	newRelay(edge, guest, s.opts.HalfOpenTimeout, s.stats).run()
@@ -209,9 +227,6 @@ func (s *Server) handshake(conn net.Conn) (net.Conn, preface, error) {
 	place := s.pending.add(conn)
 	defer s.pending.remove(place)
 	if err := conn.SetDeadline(time.Now().Add(s.opts.HeaderTimeout)); err != nil {
-		return nil, preface{}, err
-	}
-	if err := tune(conn); err != nil {
 		return nil, preface{}, err
 	}
 	edge := conn
@@ -249,7 +264,7 @@ func (s *Server) admit(p *preface) Verdict {
 	default:
 		// Answered, because the operator of an edge whose clock is off must get to know, and somebody who has an old header
 		// learns nothing from it.
-		s.log.Warn("link header's time stamp is off", zap.Duration("took", time.Since(p.stamp)), zap.String("sandbox", p.sandbox))
+		s.warn.Warn("link header's time stamp is off", zap.Duration("took", time.Since(p.stamp)), zap.String("sandbox", p.sandbox))
 		return Refused
 	}
 }
@@ -280,7 +295,7 @@ func (s *Server) open(ctx context.Context, life lifecycle, port uint16, edge net
 		s.registry.release(entry)
 		verdict := verdictOf(err)
 		if verdict == Refused {
-			s.log.Warn("backend did not open", zap.String("sandbox", life.sandbox), zap.Error(err))
+			s.warn.Warn("backend did not open", zap.String("sandbox", life.sandbox), zap.Error(err))
 		}
 		return nil, nil, verdict
 	}

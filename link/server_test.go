@@ -385,15 +385,15 @@ func TestHalfOpenDeadlineIsRenewed(t *testing.T) {
 func TestResetPropagates(t *testing.T) {
 	for _, half := range []bool{false, true} {
 		t.Run(fmt.Sprintf("from edge, half-closed %t", half), func(t *testing.T) {
-			errs := make(chan error, 1)
+			saw := make(chan error, 1)
 			f := start(t, func(c *net.TCPConn) {
 				buf := make([]byte, 16)
 				for {
 					if _, err := c.Read(buf); err == io.EOF {
-						errs <- awaitReset(rawConn(c)) // the end was passed on; the reset must be too
+						saw <- awaitReset(rawConn(c)) // the end was passed on; the reset must be too
 						return
 					} else if err != nil {
-						errs <- err
+						saw <- err
 						return
 					}
 					_, _ = c.Write(buf)
@@ -413,7 +413,7 @@ func TestResetPropagates(t *testing.T) {
 				eventually(t, "the relay has passed the end on", func() bool { return runs("link.(*relay).direction", "link.awaitReset") })
 			}
 			resetConn(c)
-			wantReset(t, "the guest sees", <-errs)
+			wantReset(t, "the guest sees", <-saw)
 			eventually(t, "the reset is counted", func() bool { return f.server.stats.resets[resetPeer].Get() == 1 })
 		})
 		t.Run(fmt.Sprintf("from guest, half-closed %t", half), func(t *testing.T) {
@@ -618,6 +618,24 @@ func TestSilentPeersMakeRoom(t *testing.T) {
 	mustEcho(t, f.dial(t), "an edge gets in")
 }
 
+// A listener closed by somebody else ends Serve with an error, and not only when the last connection has gone.
+func TestServeEndsWithItsListener(t *testing.T) {
+	checkGoroutines(t)
+	node := &fakeNode{addrs: map[lifecycle]string{{"sb", 7}: serveGuest(t, echo)}}
+	s := NewServer(node, ServerOptions{Key: testKey})
+	ln := listen(t)
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(context.Background(), ln) }()
+	f := &fixture{dialer: &Dialer{Key: testKey}, target: Target{Addr: ln.Addr().String(), Sandbox: "sb", Generation: 7, Port: 1}}
+	c := f.dial(t)
+	_ = ln.Close()
+	if err := <-done; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Serve() = %v, want %v", err, net.ErrClosed)
+	}
+	_, err := c.Read(make([]byte, 1))
+	wantReset(t, "its connection", err)
+}
+
 // flakyListener fails now and then, as a listener does when descriptors run out.
 type flakyListener struct {
 	net.Listener
@@ -667,9 +685,8 @@ func TestServeEnds(t *testing.T) {
 	go func() { done <- s.Serve(ctx, ln) }()
 	f := &fixture{node: node, server: s, addr: ln.Addr().String(), dialer: &Dialer{Key: testKey}}
 	f.target = Target{Addr: f.addr, Sandbox: "sb", Generation: 7, Port: 1}
-	open, half, silent := f.dial(t), f.dial(t), f.raw(t, []byte("\r"))
+	open, idle, silent := f.dial(t), f.dial(t), f.raw(t, []byte("\r"))
 	mustEcho(t, open, "x")
-	_ = half
 	eventually(t, "the silent one is accepted", func() bool {
 		s.pending.mu.Lock()
 		defer s.pending.mu.Unlock()
@@ -679,7 +696,7 @@ func TestServeEnds(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Errorf("Serve() = %v, want nil", err)
 	}
-	for _, c := range []net.Conn{open, half, silent} {
+	for _, c := range []net.Conn{open, idle, silent} {
 		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("a connection after Serve: %v, want an end", err)
 		}
