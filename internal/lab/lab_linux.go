@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -89,7 +90,29 @@ func (l *Lab) build() (err error) {
 	if err := in(l.internet, l.cableInternet); err != nil {
 		return fmt.Errorf("cable the internet: %w", err)
 	}
+	for ns, end := range map[int]string{l.Host.net: "wan0", l.internet: "lan0"} {
+		if err := in(ns, func() error { return awaitCarrier(end) }); err != nil {
+			return err
+		}
+	}
 	return l.serve()
+}
+
+// awaitCarrier waits until the kernel sends on a device: it may take a second to notice that both ends of the cable are up, and
+// drops every packet until then. Asking makes it notice.
+func awaitCarrier(name string) error {
+	for deadline := time.Now().Add(3 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if link.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s has no carrier", name)
+		}
+	}
 }
 
 // cableHost makes the cable and gives the host's end its addresses and its way out.
@@ -226,6 +249,13 @@ func newNetNS() (fd int, err error) {
 	err = onThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return os.NewSyscallError("unshare", err)
+		}
+		// Link-local addresses are usable at once: a router without one cannot ask for its neighbours, and the first second of
+		// every test would be lost.
+		for _, which := range []string{"all", "default"} {
+			if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+which+"/accept_dad", []byte("0"), 0); err != nil {
+				return err
+			}
 		}
 		fd, err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		return os.NewSyscallError("open", err)

@@ -14,20 +14,23 @@ import (
 )
 
 // Apply puts r in force in the network namespace at the path netns, in place of whatever was there, in one transaction: at no
-// instant is the namespace open or half fenced. The counters go on. Then it ends the flows that r forbids; an error that says
-// so means that the rules are in force all the same.
+// instant is the namespace open or half fenced, and packets that both rulesets allow do not notice. The counters go on. Then
+// it ends the flows that r forbids; an error that says so means that the rules are in force all the same.
 func Apply(netns string, r Ruleset) error {
 	ns, err := openNetNS(netns)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(ns)
-	counters, err := readCounters(ns)
-	if err != nil {
-		return err
+	have, err := r.standing(ns)
+	if err == nil {
+		err = r.replace(ns, have)
 	}
-	if err := r.replace(ns, counters); err != nil {
+	if err != nil {
 		return fmt.Errorf("replace egress rules: %w", err)
+	}
+	if !have.table {
+		return nil // there were no rules, so nothing ran that they could forbid
 	}
 	if err := r.cut(ns); err != nil {
 		return fmt.Errorf("rules are in force, but not every flow that they forbid was ended: %w", err)
@@ -89,30 +92,107 @@ func table() *nftables.Table {
 	return &nftables.Table{Family: nftables.TableFamilyINet, Name: tableName}
 }
 
-// replace sends the ruleset. The connection is new each time: one that failed would replay what it could not send.
-func (r Ruleset) replace(ns int, counters map[string]expr.Counter) error {
+// standing is what a namespace holds already.
+type standing struct {
+	table    bool // of any shape
+	shape    bool // with exactly the sets and chains of the ruleset to come
+	counters map[string]expr.Counter
+	sets     map[string]bool // of the right shape: whose elements are right as well
+}
+
+// standing looks at the namespace. Only Apply changes the table, and its caller does one thing at a time to a sandbox.
+func (r Ruleset) standing(ns int) (have standing, err error) {
+	conn, err := nftables.New(nftables.WithNetNSFd(ns), nftables.AsLasting())
+	if err != nil {
+		return have, err
+	}
+	defer func() { _ = conn.CloseLasting() }()
+	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return have, fmt.Errorf("list tables: %w", err)
+	}
+	if have.table = slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == tableName }); !have.table {
+		return have, nil
+	}
+	if have.counters, err = readCounters(ns); err != nil {
+		return have, err
+	}
+	chains, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return have, fmt.Errorf("list chains: %w", err)
+	}
+	sets, err := conn.GetSets(table())
+	if err != nil {
+		return have, fmt.Errorf("list sets: %w", err)
+	}
+	have.shape = slices.Equal(
+		names(chains, func(c *nftables.Chain) string { return c.Name }),
+		names(r.chains, func(c chain) string { return c.name }),
+	) && slices.Equal(
+		names(sets, func(s *nftables.Set) string { return s.Name }),
+		names(r.sets, func(s set) string { return s.name }),
+	)
+	if !have.shape {
+		return have, nil
+	}
+	have.sets = map[string]bool{}
+	for _, s := range r.sets {
+		elements, err := conn.GetSetElements(s.kernel(table()))
+		if err != nil {
+			return have, fmt.Errorf("read set %s: %w", s.name, err)
+		}
+		have.sets[s.name] = slices.Equal(names(elements, boundary), names(s.elements(), boundary))
+	}
+	return have, nil
+}
+
+// boundary is an element as a string: the kernel gives them in its own order.
+func boundary(e nftables.SetElement) string { return fmt.Sprint(e.Key, e.IntervalEnd) }
+
+func names[T any](list []T, name func(T) string) []string {
+	sorted := make([]string, len(list))
+	for i, item := range list {
+		sorted[i] = name(item)
+	}
+	slices.Sort(sorted)
+	return sorted
+}
+
+// replace sends the ruleset. A table of the same shape stays, with its hooks, and only its rules and the sets that differ are
+// exchanged: deleting it would leave a moment in which packets find the old chains with sets already empty, and the new ones with
+// no rules yet and a policy of drop. The connection is new each time: one that failed would replay what it could not send.
+func (r Ruleset) replace(ns int, have standing) error {
 	conn, err := nftables.New(nftables.WithNetNSFd(ns))
 	if err != nil {
 		return err
 	}
 	table := table()
-	conn.AddTable(table) // so that there is one to delete
-	conn.DelTable(table)
+	if have.shape {
+		conn.FlushTable(table) // the rules
+	} else if have.table {
+		conn.DelTable(table)
+	}
 	conn.AddTable(table)
 	for _, reason := range reasons {
-		counter := counters[reason]
+		counter := have.counters[reason] // the kernel takes it for a new one only
 		conn.AddObj(&nftables.NamedObj{Table: table, Name: reason, Type: nftables.ObjTypeCounter, Obj: &counter})
 	}
 	sets := map[string]*nftables.Set{}
 	for _, s := range r.sets {
-		kernelSet := &nftables.Set{Table: table, Name: s.name, Interval: true, KeyType: nftables.TypeIPAddr}
-		if s.v6 {
-			kernelSet.KeyType = nftables.TypeIP6Addr
+		kernelSet := s.kernel(table)
+		sets[s.name] = kernelSet
+		if have.sets[s.name] {
+			continue
 		}
-		if err := conn.AddSet(kernelSet, s.elements()); err != nil {
+		if have.shape {
+			conn.FlushSet(kernelSet)
+			err = conn.SetAddElements(kernelSet, s.elements())
+		} else {
+			err = conn.AddSet(kernelSet, s.elements())
+		}
+		if err != nil {
 			return fmt.Errorf("set %s: %w", s.name, err)
 		}
-		sets[s.name] = kernelSet
 	}
 	for _, c := range r.chains { // in order: a chain comes before those that go to it
 		kernelChain := conn.AddChain(c.kernel(table))
@@ -121,6 +201,14 @@ func (r Ruleset) replace(ns int, counters map[string]expr.Counter) error {
 		}
 	}
 	return conn.Flush()
+}
+
+func (s set) kernel(table *nftables.Table) *nftables.Set {
+	key := nftables.TypeIPAddr
+	if s.v6 {
+		key = nftables.TypeIP6Addr
+	}
+	return &nftables.Set{Table: table, Name: s.name, Interval: true, KeyType: key}
 }
 
 // elements are the intervals of a set: each start, and the first address after its end. There is none after the last

@@ -2,6 +2,8 @@ package egress
 
 import (
 	"fmt"
+	"math/rand/v2"
+	"net/netip"
 	"os"
 	"os/exec"
 	"regexp"
@@ -100,7 +102,7 @@ func TestApplyReplaces(t *testing.T) {
 		t.Fatalf("Counters before the first Apply = %v, %v", counters, err)
 	}
 	all := rulesets(t)
-	for _, name := range []string{"mixed", "no-internet", "tap", "open"} {
+	for _, name := range []string{"mixed", "no-internet", "tap", "open", "allow-list", "allow-list", "no-internet", "open", "mixed"} {
 		if err := Apply(netns, all[name]); err != nil {
 			t.Fatalf("Apply %s: %v", name, err)
 		}
@@ -111,6 +113,39 @@ func TestApplyReplaces(t *testing.T) {
 	}
 	if err := Apply("/run/netns/there-is-no-such-thing", all["open"]); err == nil {
 		t.Error("Apply to a namespace that is not there succeeded")
+	}
+}
+
+// TestApplyTransitions goes from policy to policy in one namespace, with lists that share entries, touch and contain one another:
+// each time the kernel must hold exactly the new one.
+func TestApplyTransitions(t *testing.T) {
+	netns := scratchNetNS(t)
+	random := rand.New(rand.NewPCG(1, 2))
+	pick := func() (list []string) {
+		for range random.IntN(12) {
+			bits := []int{0, 1, 8, 9, 16, 23, 24, 25, 30, 31, 32}[random.IntN(11)]
+			list = append(list, fmt.Sprintf("%d.%d.%d.%d/%d", 1+random.IntN(2)*254, random.IntN(2)*255, random.IntN(3), random.IntN(4), max(bits, 8)))
+			list = append(list, fmt.Sprintf("26%02x:%x::/%d", random.IntN(3), random.IntN(4), 20+random.IntN(20)))
+			if bits == 0 {
+				list = append(list, "0.0.0.0/0")
+			}
+		}
+		return list
+	}
+	for i := range 40 {
+		allow, deny := pick(), pick()
+		p, err := ParsePolicy(nil, allow, deny)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := Compile(p, Local(netip.MustParseAddr("10.12.0.1")))
+		if err := Apply(netns, r); err != nil {
+			t.Fatalf("transition %d to allow %v, deny %v: %v", i, allow, deny, err)
+		}
+		want := normal(strings.SplitN(r.String(), "\n", 3)[2])
+		if got := normal(nft(t, netns, "", "list", "ruleset")); got != want {
+			t.Fatalf("after transition %d to allow %v, deny %v the kernel holds\n%s\nwant\n%s", i, allow, deny, got, want)
+		}
 	}
 }
 

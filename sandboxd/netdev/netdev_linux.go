@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -169,7 +170,28 @@ func (n *Network) build(p plan) (ns int, err error) {
 	if err := n.addToTable(p); err != nil {
 		return -1, fmt.Errorf("add to host table %s: %w", n.cfg.tableName(), err)
 	}
+	if err := errors.Join(awaitCarrier(host, p.hostDev), awaitCarrier(guest, guestDev)); err != nil {
+		return -1, err
+	}
 	return ns, nil
+}
+
+// awaitCarrier waits until the kernel sends on a device. Both ends are up and see each other, but the kernel takes notice in its
+// own time, up to a second later, and drops every packet until then. Asking for the device makes it take notice at once since
+// Linux 6.9; older ones are asked until they have.
+func awaitCarrier(h *netlink.Handle, name string) error {
+	for deadline := time.Now().Add(3 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		link, err := h.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("find %s: %w", name, err)
+		}
+		if link.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s has no carrier: it is %s", name, link.Attrs().OperState)
+		}
+	}
 }
 
 // step is called after each step of build; tests stop there.
