@@ -85,6 +85,9 @@ func New(opts Options) (http.Handler, error) {
 	if opts.Sandboxes == nil || opts.Keys == nil {
 		return nil, errors.New("api: Options.Sandboxes and Options.Keys are required")
 	}
+	if opts.Tokens == (auth.TokenKey{}) {
+		return nil, errors.New("api: Options.Tokens is required: a zero key would make tokens that anybody can derive")
+	}
 	if opts.Nodes != nil && opts.NodeID == "" {
 		return nil, errors.New("api: Options.Nodes needs Options.NodeID")
 	}

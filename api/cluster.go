@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -260,7 +261,7 @@ type answer struct {
 
 // askAll asks every other node the same. A node that does not answer is counted as missing and logged, not an error: when one node
 // of fifty is dead, who cleans up must still see the rest. Without the catalogue there is an error, for then every other node would
-// be missing although all of them may be well.
+// be missing although all of them may be well; and so it is when a node finds the caller too fast, for he would not notice.
 func (h *handler) askAll(ctx context.Context, uri string) (answers []answer, missing int, err error) {
 	if h.cluster.nodes == nil || callOf(ctx).forwarded {
 		return nil, 0, nil
@@ -270,7 +271,7 @@ func (h *handler) askAll(ctx context.Context, uri string) (answers []answer, mis
 		return nil, 0, fmt.Errorf("list the nodes: %w", err)
 	}
 	nodes = slices.DeleteFunc(slices.Clone(nodes), func(n routing.Node) bool { return n.ID == h.cluster.self || n.APIAddr == "" })
-	results := make([]*answer, len(nodes))
+	results, limited := make([]*answer, len(nodes)), make([]error, len(nodes))
 	turns := make(chan struct{}, maxPeersAtOnce)
 	var wg sync.WaitGroup
 	for i := range nodes {
@@ -278,6 +279,10 @@ func (h *handler) askAll(ctx context.Context, uri string) (answers []answer, mis
 		wg.Go(func() {
 			defer func() { <-turns }()
 			result, err := h.askOne(ctx, &nodes[i], uri)
+			if _, ok := errors.AsType[*failure](err); ok {
+				limited[i] = err
+				return
+			}
 			if err != nil {
 				h.metrics.GetOrCreateCounter("sluice_api_peer_failures_total").Inc()
 				h.log.Warn("node does not answer: its sandboxes are missing from a list", zap.String("upstream", nodes[i].ID), zap.Error(err))
@@ -287,6 +292,11 @@ func (h *handler) askAll(ctx context.Context, uri string) (answers []answer, mis
 		})
 	}
 	wg.Wait()
+	for _, err := range limited {
+		if err != nil {
+			return nil, 0, err
+		}
+	}
 	for _, result := range results {
 		if result == nil {
 			missing++
@@ -305,6 +315,10 @@ func (h *handler) askOne(ctx context.Context, node *routing.Node, uri string) (*
 		return nil, err
 	}
 	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusTooManyRequests {
+		seconds, _ := strconv.Atoi(resp.Header.Get("Retry-After"))
+		return nil, rateLimited(time.Duration(seconds) * time.Second)
+	}
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("node %q answered %s", node.ID, resp.Status)
 	}

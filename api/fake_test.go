@@ -221,6 +221,21 @@ var (
 	keyB = "e2b_" + strings.Repeat("b", 40)
 )
 
+func newKeyring(t *testing.T) *auth.Keyring {
+	t.Helper()
+	store := auth.NewMemoryKeys()
+	for team, key := range map[string]string{"team-a": keyA, "team-b": keyB} {
+		hash, ok := auth.HashKey([]byte(key))
+		if !ok {
+			t.Fatalf("%q is no key", key)
+		}
+		if err := store.PutKey(t.Context(), auth.KeyRecord{ID: "key-of-" + team, Team: team, Hash: hash, Created: time.Unix(1, 0)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return auth.NewKeyring(store, auth.KeyringOptions{})
+}
+
 // site is one API as a client sees it.
 type site struct {
 	t       *testing.T

@@ -63,6 +63,9 @@ func (l *limits) take(header http.Header, keyID, operation string) error {
 	if allowed {
 		return nil
 	}
-	wait := time.Duration((1 - left) / float64(l.rate) * float64(time.Second))
+	return rateLimited(time.Duration((1 - left) / float64(l.rate) * float64(time.Second)))
+}
+
+func rateLimited(wait time.Duration) error {
 	return &failure{status: http.StatusTooManyRequests, msg: "Rate limit exceeded", retryAfter: max(wait, time.Second)}
 }

@@ -283,7 +283,7 @@ func (h *handler) connect(ctx context.Context, rawID string, asked *int64, unask
 		if err := h.checkMaxTimeout(*asked); err != nil {
 			return sb, false, err
 		}
-		timeout = time.Duration(*asked) * time.Second
+		timeout = max(time.Second, time.Duration(*asked)*time.Second) // 0 asks for no more time, which is no mistake here
 	}
 	connected, resumed, err := h.sandboxes.Connect(ctx, sb.ID, timeout)
 	return connected, resumed, unseen(sb.ID, err)
