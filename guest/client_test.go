@@ -261,3 +261,34 @@ func TestReceivedIgnoresNonsense(t *testing.T) {
 		}
 	}
 }
+
+// Closing the control listener does not wait for connections that say nothing.
+func TestControlListenerCloses(t *testing.T) {
+	s := startAgent(t)
+	for range 3 {
+		conn, err := s.node.dial(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+	}
+	if err := s.node.Health(t.Context()); err != nil {
+		t.Error(err)
+	}
+	inner, err := net.Listen("unix", filepath.Join(s.home, "other"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := newDialListener(inner, newAgent(Options{}).log)
+	silent, err := net.Dial("unix", filepath.Join(s.home, "other"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	if err := l.Close(); err != nil {
+		t.Errorf("Close = %v", err)
+	}
+	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept after Close = %v", err)
+	}
+}

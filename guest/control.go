@@ -107,15 +107,21 @@ const (
 type dialListener struct {
 	net.Listener
 	log   *slog.Logger
-	web   chan net.Conn
+	web   chan net.Conn // closed by accept, when all that it started is done
 	slots chan struct{}
-	done  chan struct{}
-	close sync.Once
-	err   error // of the inner Accept; written before web is closed
+	done  chan struct{} // closed by Close
+	err   error         // of the inner Accept; written before web is closed
+
+	mu     sync.Mutex
+	fresh  map[net.Conn]struct{} // not handed on yet
+	closed bool
 }
 
 func newDialListener(inner net.Listener, log *slog.Logger) *dialListener {
-	l := &dialListener{Listener: inner, log: log, web: make(chan net.Conn), slots: make(chan struct{}, maxDials), done: make(chan struct{})}
+	l := &dialListener{
+		Listener: inner, log: log, web: make(chan net.Conn), slots: make(chan struct{}, maxDials), done: make(chan struct{}),
+		fresh: map[net.Conn]struct{}{},
+	}
 	go l.accept()
 	return l
 }
@@ -136,9 +142,29 @@ func (l *dialListener) accept() {
 		l.slots <- struct{}{}
 		open.Go(func() {
 			defer func() { <-l.slots }()
-			l.sort(conn)
+			if l.track(conn) {
+				l.sort(conn)
+			}
 		})
 	}
+}
+
+// track makes conn one that Close closes; false when that has happened.
+func (l *dialListener) track(conn net.Conn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		conn.Close()
+		return false
+	}
+	l.fresh[conn] = struct{}{}
+	return true
+}
+
+func (l *dialListener) untrack(conn net.Conn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.fresh, conn)
 }
 
 // pause waits out a shortage of descriptors; false for an error that stays.
@@ -152,6 +178,7 @@ func pause(err error) bool {
 
 // sort finds out what a connection is for.
 func (l *dialListener) sort(conn net.Conn) {
+	defer l.untrack(conn)
 	var first [1]byte
 	_ = conn.SetDeadline(time.Now().Add(helloTime))
 	if _, err := conn.Read(first[:]); err != nil {
@@ -186,12 +213,23 @@ func (l *dialListener) Accept() (net.Conn, error) {
 	}
 }
 
+// Close ends Accept, and whatever has not come out of it. It returns when that is done.
 func (l *dialListener) Close() error {
-	var err error
-	l.close.Do(func() {
-		close(l.done)
-		err = l.Listener.Close()
-	})
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return nil
+	}
+	l.closed = true
+	for conn := range l.fresh {
+		conn.Close()
+	}
+	l.mu.Unlock()
+	close(l.done)
+	err := l.Listener.Close()
+	for conn := range l.web {
+		conn.Close()
+	}
 	return err
 }
 

@@ -66,15 +66,8 @@ func (a *agent) fileActor(r *http.Request, operation string) (account, error) {
 	if err := checkFileAccess(a.settings.get().token, r.Header.Get(tokenHeader), operation, query, time.Now()); err != nil {
 		return account{}, refuse(http.StatusUnauthorized, "%s", err)
 	}
-	name := query.Get("username")
-	if name == "" {
-		// SDKs name the user in the query; a request by hand may do it as RPCs do.
-		var err error
-		if name, err = basicUser(r.Header); err != nil {
-			return account{}, refuse(http.StatusUnauthorized, "%s", err)
-		}
-	}
-	return a.fileUser(name)
+	// Only the query names the user: a signature covers it, and a header beside a signed URL must not change who acts.
+	return a.fileUser(query.Get("username"))
 }
 
 func (a *agent) fileUser(name string) (account, error) {

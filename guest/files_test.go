@@ -99,8 +99,24 @@ func TestDownload(t *testing.T) {
 	if got, err := io.ReadAll(zip); err != nil || string(got) != text {
 		t.Errorf("gzip content: %d bytes, %v", len(got), err)
 	}
+	writeTest(t, filepath.Join(s.home, "a\n\"ü"), "odd")
+	res, _ = s.do(t, "GET", query("a\n\"ü"), nil, nil)
+	if got, want := res.Header.Get("Content-Disposition"), "inline; filename*=utf-8''a%0A%22%C3%BC"; got != want {
+		t.Errorf("Content-Disposition = %q, want %q", got, want)
+	}
 	if res, body := s.do(t, "HEAD", query("a b.txt"), nil, nil); res.StatusCode != 200 || res.ContentLength != 10000 || body != "" {
 		t.Errorf("HEAD: %d, length %d", res.StatusCode, res.ContentLength)
+	}
+}
+
+// A signed URL is for one user. Whoever holds it cannot become another by a header that the signature does not cover.
+func TestSignedURLBindsTheUser(t *testing.T) {
+	s := startAgent(t)
+	mustInit(t, s, InitRequest{AccessToken: "secret"})
+	path := query("mine") + "&signature=" + url.QueryEscape(Signature("mine", "write", "", "secret", 0))
+	header := map[string]string{"Content-Type": "application/octet-stream", "Authorization": basic("root")}
+	if res, body := s.do(t, "POST", path, header, strings.NewReader("x")); res.StatusCode != 200 || !strings.Contains(body, s.home+"/mine") {
+		t.Errorf("%d %s, want a file in the home of the default user", res.StatusCode, body)
 	}
 }
 

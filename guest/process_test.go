@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -501,6 +502,42 @@ func TestLargeOutputArrivesWhole(t *testing.T) {
 	if len(o.stdout) != 20000001 || len(o.stderr) != 3000000 || o.end == nil {
 		t.Errorf("%d and %d bytes, end %v, %v", len(o.stdout), len(o.stderr), o.end, o.err)
 	}
+}
+
+// A client that does not read stops the process, and costs no more than buffers. When it goes, the process goes on.
+func TestClientThatDoesNotRead(t *testing.T) {
+	s := startAgent(t)
+	mark := filepath.Join(s.home, "mark")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	stream := s.start(t, ctx, sh("head -c 100000000 /dev/zero; echo done > "+mark), "")
+	if !stream.Receive() {
+		t.Fatal(stream.Err())
+	}
+	time.Sleep(300 * time.Millisecond) // a faster or slower machine can only make this test pass
+	if _, err := os.Stat(mark); err == nil {
+		t.Error("100 MB went somewhere although nobody reads")
+	}
+	cancel()
+	eventually(t, "the process could go on", func() bool { _, err := os.Stat(mark); return err == nil })
+}
+
+func TestManyAtOnce(t *testing.T) {
+	s := startAgent(t)
+	var wg sync.WaitGroup
+	for i := range 60 {
+		wg.Go(func() {
+			stream, err := s.process.Start(t.Context(), connect.NewRequest(sh(fmt.Sprintf("echo %d; exit %d", i, i))))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if o := collect(stream, nil); o.stdout != fmt.Sprintf("%d\n", i) || int(o.end.GetExitCode()) != i {
+				t.Errorf("process %d: %+v", i, o)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func TestKeepalive(t *testing.T) {
