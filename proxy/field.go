@@ -194,6 +194,7 @@ var (
 	tokenTable  [256]bool
 	valueTable  [256]bool
 	targetTable [256]bool
+	hostTable   [256]bool // of names, IPv4 and IPv6 literals and ports; no user, no list, no escapes
 )
 
 func init() {
@@ -206,6 +207,12 @@ func init() {
 		valueTable[i] = ch == '\t' || ch >= ' ' && ch != 0x7f
 		targetTable[i] = ch > ' ' && ch != 0x7f
 		tokenTable[i] = ch >= '0' && ch <= '9' || ch >= 'a' && ch <= 'z' || ch >= 'A' && ch <= 'Z'
+	}
+	for i := range hostTable {
+		hostTable[i] = tokenTable[i]
+	}
+	for _, ch := range []byte(".-_:[]") {
+		hostTable[ch] = true
 	}
 	for _, ch := range []byte("!#$%&'*+-.^_`|~") {
 		tokenTable[ch] = true

@@ -69,6 +69,9 @@ func (h *Handler) name(head *requestHead) (routing.Name, error) {
 		if head.twice[fieldSandboxID] || head.twice[fieldSandboxPort] {
 			return name, &fault{reason: ReasonMalformed, text: "Malformed request: more than one routing header"}
 		}
+		if h.bareAPI && head.get(fieldSandboxID) == nil && head.get(fieldSandboxPort) == nil {
+			return routing.Name{Kind: routing.KindAPI}, nil
+		}
 		name, err = routing.ParseHeaders(head.get(fieldSandboxID), head.get(fieldSandboxPort))
 	}
 	if host, ok := errors.AsType[*routing.HostError](err); ok {

@@ -51,6 +51,10 @@ type Options struct {
 	// API opens a connection to a node's API listener, for api.<domain>. Nil: plain TCP.
 	API func(ctx context.Context, addr string) (net.Conn, error)
 
+	// BareAPI takes a request to an IP address or localhost that names no sandbox for one to the API, so that a machine
+	// without DNS has one address for everything. Else it is a bad host.
+	BareAPI bool
+
 	Limits  Limits
 	Log     *zap.Logger  // nil: none
 	Metrics *metrics.Set // nil: a private one
@@ -131,6 +135,7 @@ type Handler struct {
 	link    Upstream
 	linkTLS Upstream
 	api     func(ctx context.Context, addr string) (net.Conn, error)
+	bareAPI bool
 	limits  Limits
 	log     *zap.Logger
 	stats   *stats
@@ -150,6 +155,7 @@ func New(opts Options) (*Handler, error) {
 		link:    opts.Link,
 		linkTLS: opts.LinkTLS,
 		api:     opts.API,
+		bareAPI: opts.BareAPI,
 		limits:  opts.Limits,
 		log:     opts.Log,
 		stats:   newStats(opts.Metrics),

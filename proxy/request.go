@@ -51,6 +51,9 @@ func (h *requestHead) check() error {
 	if h.twice[fieldHost] {
 		return malformed("more than one Host")
 	}
+	if host := h.get(fieldHost); len(host) == 0 || !allIn(host, &hostTable) {
+		return malformed("invalid Host")
+	}
 	if h.http10 && h.has(fieldTransferEncoding) {
 		return malformed("Transfer-Encoding in HTTP/1.0")
 	}
