@@ -105,7 +105,7 @@ type Sandbox struct {
 type Metrics struct {
 	Time       time.Time
 	CPUCount   int
-	CPUUsedPct float64 // of one CPU: 200 means two busy CPUs
+	CPUUsedPct float64 // of all its CPUs together
 	MemUsed    uint64  // this and the following in bytes
 	MemTotal   uint64
 	MemCache   uint64

@@ -4,10 +4,20 @@
 package sandboxd
 
 import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 	"go.uber.org/zap"
+
+	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/internal/run"
 )
 
 // Options configures a Manager. Machine, Publisher and StateDir are required.
@@ -22,7 +32,7 @@ type Options struct {
 
 	Templates         []Template    // besides base and code-interpreter-v1; the same ID replaces
 	MaxSandboxes      int           // zero means 100
-	ConcurrentCreates int           // zero means 8; further ones wait
+	ConcurrentCreates int           // zero means 8; further ones wait for a while
 	MaxTimeout        time.Duration // longest life from start; zero means 24h
 	LeaseTTL          time.Duration // of the node's lease; renewed every third of it; zero means 10s
 
@@ -32,4 +42,225 @@ type Options struct {
 
 	Log     *zap.Logger
 	Metrics *metrics.Set
+}
+
+// Limits on what the manager waits for. They are generous: each is for a part that is broken, not for one that is slow.
+const (
+	createQueueTime = 15 * time.Second // for a turn to create
+	startTime       = 30 * time.Second // until the guest answers
+	guestTime       = 10 * time.Second // one control call to the guest
+	publishTime     = 2 * time.Second  // one write to the catalogue
+	withdrawTime    = time.Second      // delays every kill while the catalogue hangs, so it is short; the routes job repeats it
+	destroyTime     = 30 * time.Second // one attempt to remove a sandbox
+)
+
+// Manager owns every sandbox of a node. Its methods are safe for concurrent use; those that change something wait until Run has
+// reconciled, and answer Unavailable once it stops.
+type Manager struct {
+	// Fixed after New.
+	opts      Options
+	machine   Machine
+	publisher Publisher
+	templates templates
+	journal   journal
+	slots     *slots
+	log       *zap.Logger
+	stats     *stats
+	reached   func(Step) // called after every step of create and removal; the crash tests end the process in it
+
+	ready     chan struct{} // closed by Run when reconcile is done
+	closing   chan struct{} // closed by close when Run begins to stop
+	close     func()        // any number of times
+	creating  chan struct{} // one token per create in progress
+	endMoved  chan struct{} // capacity 1: some deadline changed
+	misrouted chan struct{} // capacity 1: the catalogue may disagree with the node
+
+	jobs sync.WaitGroup // whatever a method or a job started; added to under mu while not draining, or by a counted job
+
+	mu             sync.RWMutex // guards the fields below and the changing ones of every life; never held across a wait
+	lives          map[string]*life
+	draining       bool
+	lastGeneration uint64
+}
+
+// New makes a Manager. It touches nothing on the host; Run does.
+func New(opts Options) (*Manager, error) {
+	if opts.StateDir == "" || opts.Machine == nil || opts.Publisher == nil {
+		return nil, errors.New("sandboxd: StateDir, Machine and Publisher are required")
+	}
+	dir, err := filepath.Abs(opts.StateDir)
+	if err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	opts.StateDir = dir
+	opts.MaxSandboxes = cmp.Or(opts.MaxSandboxes, 100)
+	opts.ConcurrentCreates = cmp.Or(opts.ConcurrentCreates, 8)
+	opts.MaxTimeout = cmp.Or(opts.MaxTimeout, 24*time.Hour)
+	opts.LeaseTTL = cmp.Or(opts.LeaseTTL, 10*time.Second)
+	if opts.OnGone == nil {
+		opts.OnGone = func(string, uint64) {}
+	}
+	if opts.Log == nil {
+		opts.Log = zap.NewNop()
+	}
+	if opts.Metrics == nil {
+		opts.Metrics = metrics.NewSet()
+	}
+	m := &Manager{
+		opts:      opts,
+		machine:   opts.Machine,
+		publisher: opts.Publisher,
+		templates: newTemplates(opts.Templates),
+		journal:   journal{filepath.Join(dir, "sandboxes")},
+		slots:     newSlots(opts.Machine.Slots()),
+		log:       opts.Log.Named("sandboxd"),
+		stats:     newStats(opts.Metrics),
+		reached:   func(Step) {},
+		ready:     make(chan struct{}),
+		closing:   make(chan struct{}),
+		creating:  make(chan struct{}, opts.ConcurrentCreates),
+		endMoved:  make(chan struct{}, 1),
+		misrouted: make(chan struct{}, 1),
+		lives:     make(map[string]*life),
+	}
+	m.close = sync.OnceFunc(func() { close(m.closing) })
+	return m, nil
+}
+
+// Ready is closed when Run has reconciled and sandboxes may be created.
+func (m *Manager) Ready() <-chan struct{} { return m.ready }
+
+// Run takes the state directory, reconciles it with the host, and keeps deadlines, routes and the node's lease until ctx ends. It
+// returns when everything that the manager started is done. It may be called once.
+func (m *Manager) Run(ctx context.Context) error {
+	defer m.jobs.Wait()
+	defer m.close()
+	if err := os.MkdirAll(m.journal.dir, 0o711); err != nil {
+		return fmt.Errorf("make state directory: %w", err)
+	}
+	lock, err := lockDir(m.opts.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := m.machine.Setup(ctx); err != nil {
+		return fmt.Errorf("prepare the host for the %s machine: %w", m.machine.Name(), err)
+	}
+	if err := m.reconcile(ctx); err != nil {
+		return fmt.Errorf("reconcile: %w", err)
+	}
+	close(m.ready)
+	m.log.Info("ready", zap.String("machine", m.machine.Name()), zap.Int("sandboxes", m.count()))
+
+	var jobs run.Group
+	jobs.Add("deadlines", m.keepDeadlines)
+	jobs.Add("routes", m.keepRoutes)
+	jobs.Add("lease", m.keepLease)
+	return errors.Join(jobs.Run(ctx), m.stop())
+}
+
+// Templates lists what sandboxes can be made from.
+func (m *Manager) Templates() []Template { return m.templates.list }
+
+// Capacity is what the node says of itself in its lease.
+func (m *Manager) Capacity() Capacity {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return Capacity{
+		Sandboxes:    len(m.lives),
+		MaxSandboxes: min(m.opts.MaxSandboxes, m.machine.Slots()),
+		Machine:      m.machine.Name(),
+		Draining:     m.draining,
+	}
+}
+
+// Get returns a running or paused sandbox.
+func (m *Manager) Get(id string) (Sandbox, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	l, ok := m.lives[id]
+	if !ok || !l.visible() {
+		return Sandbox{}, notFound(id)
+	}
+	return l.rec.Sandbox, nil
+}
+
+// List returns all running and paused sandboxes, in no order.
+func (m *Manager) List() []Sandbox {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	all := make([]Sandbox, 0, len(m.lives))
+	for _, l := range m.lives {
+		if l.visible() {
+			all = append(all, l.rec.Sandbox)
+		}
+	}
+	return all
+}
+
+func (m *Manager) count() int {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return len(m.lives)
+}
+
+// enter begins a method that changes something: it waits until the node is ready and makes Run wait for leave.
+func (m *Manager) enter(ctx context.Context) (leave func(), err error) {
+	select {
+	case <-m.ready:
+	case <-m.closing:
+		return nil, errStopping
+	case <-ctx.Done():
+		return nil, &errs.Error{Code: errs.Unavailable, Msg: "the node is starting", Err: ctx.Err()}
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.draining {
+		return nil, errStopping
+	}
+	m.jobs.Add(1)
+	return m.jobs.Done, nil
+}
+
+var errStopping = errs.New(errs.Unavailable, "the node is stopping")
+
+// stop ends all lives, or leaves the committed ones to the next run, and waits for every goroutine.
+func (m *Manager) stop() error {
+	m.mu.Lock()
+	m.draining = true
+	for _, l := range m.lives {
+		if l.rec.Sandbox.State == StateCreating || !m.opts.KeepSandboxes {
+			m.condemnLocked(l, GoneShutdown)
+		}
+	}
+	m.mu.Unlock()
+	m.close()
+	m.announce(context.Background())
+	m.jobs.Wait()
+	if m.opts.KeepSandboxes {
+		return m.releaseAll()
+	}
+	if n := m.count(); n > 0 {
+		return fmt.Errorf("%d sandboxes could not be removed; the next start will try again", n)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), destroyTime)
+	defer cancel()
+	if err := m.machine.Close(ctx); err != nil {
+		return fmt.Errorf("remove what the %s machine made on the host: %w", m.machine.Name(), err)
+	}
+	return nil
+}
+
+// releaseAll lets go of the sandboxes that stay. Nobody else is left who could use their instances.
+func (m *Manager) releaseAll() error {
+	var failures []error
+	for _, l := range m.lives {
+		if l.instance == nil {
+			continue
+		}
+		if err := l.instance.Release(); err != nil {
+			failures = append(failures, fmt.Errorf("let go of sandbox %s: %w", l.id, err))
+		}
+	}
+	return errors.Join(failures...)
 }

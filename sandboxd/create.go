@@ -1,0 +1,224 @@
+package sandboxd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/sluice-edge/sluice/guest"
+	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/sandboxd/egress"
+)
+
+// Create makes a sandbox and returns when its guest serves and edges can find it. When ctx ends before, nothing of it stays.
+//
+// There is no undo of single steps: all that a create acquires is derivable from the record that it wrote first, so a create that
+// fails is removed the way a killed sandbox is, and the way reconcile removes one that a crash left half made.
+func (m *Manager) Create(ctx context.Context, spec CreateSpec) (Sandbox, error) {
+	leave, err := m.enter(ctx)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	defer leave()
+	tmpl, alias, err := m.templates.find(spec.Template)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	if err := m.checkTimeout(spec.Timeout); err != nil {
+		return Sandbox{}, err
+	}
+	fence, err := fenceOf(spec.Network)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	done, err := m.queue(ctx)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	defer done()
+	l, err := m.reserve(spec, tmpl, alias)
+	if err != nil {
+		return Sandbox{}, err
+	}
+
+	began := time.Now()
+	err = m.boot(ctx, l, spec, fence)
+	if err != nil {
+		m.condemn(l, GoneCreateFailed)
+		l.endTurn()
+		<-l.buried
+		return Sandbox{}, m.createError(ctx, l, err)
+	}
+	sb := m.record(l).Sandbox
+	l.endTurn()
+	m.stats.created.Inc()
+	l.log.Info("sandbox created", zap.String("template", tmpl.ID), zap.Duration("took", time.Since(began)))
+	return sb, nil
+}
+
+// boot takes the steps of create in their order. The caller holds the turn and removes what is there when boot fails.
+func (m *Manager) boot(ctx context.Context, l *life, spec CreateSpec, fence egress.Policy) error {
+	ctx, cancel := l.within(ctx)
+	defer cancel()
+	phase := m.stats.phases()
+	reached := func(s Step) {
+		phase(s)
+		m.reached(s)
+	}
+
+	rec := m.record(l)
+	if err := m.journal.create(rec); err != nil {
+		return err
+	}
+	reached(StepRecorded)
+
+	startCtx, cancelStart := context.WithTimeout(ctx, startTime)
+	defer cancelStart()
+	instance, err := m.machine.Start(startCtx, l.place, fence, reached)
+	if err != nil {
+		return fmt.Errorf("start: %w", err)
+	}
+	initCtx, cancelInit := context.WithTimeout(ctx, guestTime)
+	defer cancelInit()
+	if err := instance.Init(initCtx, initRequest(l, spec, rec.Sandbox)); err != nil {
+		return fmt.Errorf("init guest: %w", err)
+	}
+	if err := instance.Health(initCtx); err != nil {
+		return fmt.Errorf("guest after init: %w", err)
+	}
+	reached(StepInit)
+
+	rec.Sandbox.State = StateRunning
+	rec.Sandbox.StartedAt = now()
+	rec.Sandbox.EndAt = rec.Sandbox.StartedAt.Add(spec.Timeout)
+	rec.Handle = instance.Handle()
+	if err := m.journal.write(rec); err != nil {
+		return err
+	}
+	reached(StepHandle)
+	if err := instance.Commit(); err != nil {
+		return fmt.Errorf("commit: %w", err)
+	}
+	reached(StepCommitted)
+
+	// Running comes before the route: an edge may use a route the moment it exists.
+	if !m.adopt(l, rec, instance) {
+		return inTransition(l.id, StateKilling)
+	}
+	if err := m.publish(ctx, l, rec.Sandbox); err != nil {
+		return err
+	}
+	reached(StepPublished)
+	return ctx.Err()
+}
+
+// adopt makes a life with a living instance a running sandbox; false when it was condemned meanwhile.
+func (m *Manager) adopt(l *life, rec record, instance Instance) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if l.condemned() {
+		return false
+	}
+	l.rec = rec
+	l.instance = instance
+	m.jobs.Go(func() { m.attend(l, instance) })
+	poke(m.endMoved)
+	return true
+}
+
+// queue waits for a turn to create: starting is the most expensive thing a node does.
+func (m *Manager) queue(ctx context.Context) (done func(), err error) {
+	wait := time.NewTimer(createQueueTime)
+	defer wait.Stop()
+	select {
+	case m.creating <- struct{}{}:
+		return func() { <-m.creating }, nil
+	case <-wait.C:
+		return nil, errs.New(errs.Exhausted, "too many sandboxes are being created on this node at once; try again in a moment")
+	case <-m.closing:
+		return nil, errStopping
+	case <-ctx.Done():
+		return nil, &errs.Error{Code: errs.Unavailable, Msg: "gave up while waiting for a turn to create", Err: ctx.Err()}
+	}
+}
+
+// reserve registers a new life with its turn taken: the check of the limit and the entry are one step.
+func (m *Manager) reserve(spec CreateSpec, tmpl Template, alias string) (*life, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.draining {
+		return nil, errStopping
+	}
+	if len(m.lives) >= m.opts.MaxSandboxes {
+		return nil, errs.New(errs.Exhausted, "you have reached the maximum number of concurrent E2B sandboxes (%d) of this node", m.opts.MaxSandboxes)
+	}
+	slot, ok := m.slots.acquire(time.Now())
+	if !ok {
+		return nil, errs.New(errs.Exhausted, "no network slot of this node is free; try again in a few seconds")
+	}
+	started := now()
+	m.lastGeneration = max(m.lastGeneration+1, uint64(started.UnixMilli()))
+	network := spec.Network
+	network.AllowOut = slices.Clone(network.AllowOut)
+	network.DenyOut = slices.Clone(network.DenyOut)
+	network.HTTPSPorts = slices.Clone(network.HTTPSPorts)
+	rec := record{Slot: slot, Root: tmpl.Root, Sandbox: Sandbox{
+		ID:              newID(),
+		Generation:      m.lastGeneration,
+		State:           StateCreating,
+		Template:        tmpl.ID,
+		Alias:           alias,
+		StartedAt:       started,
+		EndAt:           started.Add(spec.Timeout),
+		Timeout:         spec.Timeout,
+		CPUs:            tmpl.CPUs,
+		MemoryMiB:       tmpl.MemoryMiB,
+		DiskMiB:         tmpl.DiskMiB,
+		Metadata:        maps.Clone(spec.Metadata),
+		Network:         network,
+		Team:            spec.Team,
+		Nonce:           spec.Nonce,
+		TokenHash:       spec.TokenHash,
+		AutoPause:       spec.AutoPause,
+		AutoPauseMemory: spec.AutoPauseMemory,
+		AutoResume:      spec.AutoResume,
+	}}
+	l := newLife(rec, m.place(rec), m.log)
+	l.turn <- struct{}{}
+	m.lives[l.id] = l
+	return l, nil
+}
+
+// createError gives the failure of a create the meaning that its caller can use, and logs what only we can.
+func (m *Manager) createError(ctx context.Context, l *life, err error) error {
+	m.stats.createFailed.Inc()
+	if ctx.Err() != nil {
+		return &errs.Error{Code: errs.Unavailable, Msg: "the create was cancelled", Err: err}
+	}
+	if m.reasonOf(l) != GoneCreateFailed {
+		return inTransition(l.id, StateKilling)
+	}
+	if _, ok := errors.AsType[*errs.Error](err); ok {
+		return err
+	}
+	return fmt.Errorf("create sandbox: %w", err)
+}
+
+// initRequest is what a guest is told about itself. A caller's variables win over ours.
+func initRequest(l *life, spec CreateSpec, sb Sandbox) guest.InitRequest {
+	env := map[string]string{"E2B_SANDBOX": "true", "E2B_SANDBOX_ID": sb.ID, "E2B_TEMPLATE_ID": sb.Template}
+	maps.Copy(env, spec.EnvVars)
+	return guest.InitRequest{
+		EnvVars:     env,
+		AccessToken: spec.EnvdToken,
+		Timestamp:   time.Now(),
+		DefaultUser: "user",
+		Hostname:    sb.ID,
+		LifecycleID: fmt.Sprintf("%s-%d", sb.ID, l.generation),
+	}
+}

@@ -1,0 +1,283 @@
+package sandboxd
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// crash is the node as a crash of its orchestrator at this moment leaves it: a copy of the directory, the host without what dies
+// with its parent, the catalogue.
+func (n *node) crash() *node {
+	after := newNode(n.t)
+	after.host = n.host.crash()
+	after.cat.routes = n.cat.all()
+	after.cat.note = after.host.note
+	if err := os.CopyFS(after.dir, os.DirFS(n.dir)); err != nil {
+		n.t.Error(err)
+	}
+	return after
+}
+
+// TestCrashAtEveryStep takes the image of the node after every step of create and of removal, and starts a manager on it. Either
+// the sandbox is there again, whole and with the same generation, or nothing of it is.
+func TestCrashAtEveryStep(t *testing.T) {
+	for _, step := range slices.Concat(createSteps, removeSteps) {
+		t.Run(string(step), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newNode(t)
+				var image *node
+				n.start(func(m *Manager) {
+					m.reached = func(s Step) {
+						if s == step {
+							image = n.crash()
+						}
+					}
+				})
+				sb := n.create(time.Minute)
+				if err := n.m.Kill(t.Context(), sb.ID); err != nil {
+					t.Fatal(err)
+				}
+				if image == nil {
+					t.Fatalf("step %s was never reached", step)
+				}
+				image.start()
+				survives := step == StepCommitted || step == StepPublished || step == StepWithdrawn
+				if !survives {
+					image.wantState(sb.ID, "")
+					image.wantNothingLeft()
+					return
+				}
+				got, err := image.m.Get(sb.ID)
+				if err != nil || got.Generation != sb.Generation || !got.EndAt.Equal(sb.EndAt) || got.Nonce != sb.Nonce || got.Network.MaskRequestHost != sb.Network.MaskRequestHost {
+					t.Errorf("Get() after the crash = %+v, %v, want %+v", got, err, sb)
+				}
+				if p, ok := image.cat.route(sb.ID); !ok || !p.equal(routeOf(sb)) {
+					t.Errorf("route after the crash = %+v, %v", p, ok)
+				}
+				other := image.create(time.Minute)
+				if other.Generation <= sb.Generation || image.host.proc(other.ID).slot == image.host.proc(sb.ID).slot {
+					t.Errorf("a new sandbox shares generation or slot with the old one")
+				}
+				time.Sleep(time.Minute + time.Second)
+				synctest.Wait()
+				image.wantState(sb.ID, "")
+				image.wantNothingLeft()
+			})
+		})
+	}
+}
+
+// restart stops the manager as if it had crashed, changes the world, and starts another.
+func TestReconcile(t *testing.T) {
+	tests := map[string]struct {
+		meanwhile func(n *node, sb Sandbox)
+		survives  bool
+	}{
+		"nothing happened":       {func(*node, Sandbox) {}, true},
+		"catalogue lost data":    {func(n *node, _ Sandbox) { n.cat.loseData() }, true},
+		"process died":           {func(n *node, sb Sandbox) { n.host.die(sb.ID, errors.New("killed")) }, false},
+		"network is gone":        {func(n *node, _ Sandbox) { clear(n.host.networks) }, false},
+		"guest does not answer":  {func(n *node, _ Sandbox) { n.host.holdUp("health") }, false},
+		"rules cannot be set":    {func(n *node, _ Sandbox) { n.host.setFail("set fence", errors.New("broken")) }, false},
+		"deadline passed":        {func(*node, Sandbox) { time.Sleep(2 * time.Minute) }, false},
+		"record is damaged":      {func(n *node, sb Sandbox) { n.overwrite(sb.ID, "{") }, false},
+		"record of another":      {func(n *node, sb Sandbox) { n.overwrite(sb.ID, `{"version":1,"sandbox":{"id":"iother"}}`) }, false},
+		"half a record was left": {func(n *node, sb Sandbox) { os.WriteFile(n.file(sb.ID, recordTemp), []byte("{"), 0o600) }, true},
+		"rules were changed":     {func(n *node, _ Sandbox) { n.host.networks[0].fence.AllowInternet = false }, true},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newNode(t).start(keep)
+				sb := n.create(time.Minute)
+				if err := n.stop(); err != nil {
+					t.Fatal(err)
+				}
+				tt.meanwhile(n, sb)
+				n.start()
+				if tt.survives {
+					n.wantState(sb.ID, StateRunning)
+					if _, ok := n.cat.route(sb.ID); !ok {
+						t.Error("no route")
+					}
+					if !n.host.fence(0).AllowInternet {
+						t.Error("the rules of the record are not in force")
+					}
+					return
+				}
+				n.wantState(sb.ID, "")
+				n.wantNothingLeft()
+			})
+		})
+	}
+}
+
+func (n *node) file(id, name string) string { return filepath.Join(n.dir, "sandboxes", id, name) }
+
+func (n *node) overwrite(id, text string) {
+	if err := os.WriteFile(n.file(id, recordFile), []byte(text), 0o600); err != nil {
+		n.t.Error(err)
+	}
+}
+
+func TestReconcileRemovesStrangers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t)
+		n.host.networks[7] = &fakeNetwork{}
+		n.host.procs["iold"] = &fakeProc{host: n.host, id: "iold", slot: 7, done: make(chan struct{})}
+		if err := os.MkdirAll(n.file("iempty", "rw"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		n.cat.routes["igone"] = Published{Sandbox: "igone", Generation: 5, State: StateRunning}
+		n.start()
+		n.wantNothingLeft()
+	})
+}
+
+// TestRestartWhileTheCatalogueIsDown: sandboxes do not depend on it, and what it missed is made good when it is back.
+func TestRestartWhileTheCatalogueIsDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(keep)
+		kept, died := n.create(time.Hour), n.create(time.Hour)
+		if err := n.stop(); err != nil {
+			t.Fatal(err)
+		}
+		n.host.die(died.ID, errors.New("killed"))
+		n.cat.setDown(errors.New("connection refused"))
+		n.start()
+		n.wantState(kept.ID, StateRunning)
+		n.wantState(died.ID, "")
+		_, err := n.m.Create(t.Context(), spec(time.Minute))
+		if err == nil {
+			t.Error("Create succeeded though nobody could learn of the sandbox")
+		}
+		n.cat.setDown(nil)
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if _, ok := n.cat.route(died.ID); ok {
+			t.Error("the route of the dead sandbox is still there")
+		}
+		if _, ok := n.cat.route(kept.ID); !ok {
+			t.Error("the route of the living sandbox is not there")
+		}
+	})
+}
+
+func TestCatalogueComesToAgree(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		sb := n.create(time.Hour)
+		n.cat.loseData()
+		time.Sleep(routesInterval + time.Second)
+		synctest.Wait()
+		if p, ok := n.cat.route(sb.ID); !ok || !p.equal(routeOf(sb)) {
+			t.Errorf("route after the catalogue lost its data = %+v, %v", p, ok)
+		}
+		before := n.cat.writes
+		time.Sleep(time.Minute)
+		if n.cat.writes != before {
+			t.Error("a catalogue that agrees was written to")
+		}
+
+		n.cat.setDown(errors.New("down"))
+		if err := n.m.SetTimeout(t.Context(), sb.ID, 2*time.Hour); err != nil {
+			t.Errorf("SetTimeout() while the catalogue is down = %v", err)
+		}
+		n.cat.setDown(nil)
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if p, _ := n.cat.route(sb.ID); p.EndAt.Sub(sb.EndAt) != time.Hour+time.Minute+routesInterval+time.Second {
+			t.Errorf("the route's end moved by %v", p.EndAt.Sub(sb.EndAt))
+		}
+
+		n.cat.setDown(errors.New("down"))
+		if err := n.m.Kill(t.Context(), sb.ID); err != nil {
+			t.Errorf("Kill() while the catalogue is down = %v", err)
+		}
+		n.cat.setDown(nil)
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		n.wantNothingLeft()
+	})
+}
+
+func TestLeaseIsRenewed(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		n.create(time.Hour)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if n.cat.leases < 60/(10/3.0) || n.cat.node.Sandboxes != 1 || n.cat.node.Machine != "fake" {
+			t.Errorf("%d leases, the last %+v", n.cat.leases, n.cat.node)
+		}
+	})
+}
+
+func TestStartIsRefused(t *testing.T) {
+	check := func(what string, n *node, want string) {
+		t.Helper()
+		n.make()
+		if err := n.m.Run(t.Context()); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: Run() = %v, want one line with %q", what, err, want)
+		}
+		if _, err := n.m.Create(t.Context(), spec(time.Minute)); err == nil {
+			t.Errorf("%s: Create succeeded", what)
+		}
+	}
+	n := newNode(t).start()
+	second := newNode(t)
+	second.dir = n.dir
+	check("second orchestrator", second, "another orchestrator uses the state directory")
+
+	broken := newNode(t)
+	broken.host.setFail("setup", errors.New("no nftables"))
+	check("host not fit", broken, "prepare the host for the fake machine: setup: no nftables")
+
+	newer := newNode(t)
+	if err := os.MkdirAll(newer.file("inew", ""), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	newer.overwrite("inew", `{"version":2,"sandbox":{"id":"inew"}}`)
+	check("newer record", newer, "newer version")
+	if _, err := os.Stat(newer.file("inew", recordFile)); err != nil {
+		t.Error("the record of a newer version was removed")
+	}
+}
+
+// TestStorm lets everything happen at once. The race detector and the final count are the judges.
+func TestStorm(t *testing.T) {
+	n := newNode(t).start(func(m *Manager) { m.opts.MaxSandboxes = 1000; m.slots = newSlots(1000) })
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			for j := range 15 {
+				sb, err := n.m.Create(t.Context(), spec(time.Hour))
+				if err != nil {
+					t.Errorf("Create() = %v", err)
+					return
+				}
+				var inner sync.WaitGroup
+				inner.Go(func() { n.m.SetTimeout(t.Context(), sb.ID, time.Duration(j%3)*time.Millisecond) })
+				inner.Go(func() { n.m.Connect(t.Context(), sb.ID, time.Minute) })
+				inner.Go(func() { n.m.Kill(t.Context(), sb.ID) })
+				inner.Go(func() { n.m.UpdateNetwork(t.Context(), sb.ID, Network{DenyOut: []string{"1.1.1.1"}}) })
+				inner.Go(func() { n.m.Open(t.Context(), sb.ID, sb.Generation, 80) })
+				inner.Go(func() { n.m.Metrics(t.Context(), sb.ID); n.m.List(); n.m.agreeRoutes(t.Context()) })
+				if i%2 == 0 {
+					inner.Go(func() { n.m.Kill(t.Context(), sb.ID) })
+				}
+				inner.Wait()
+			}
+		})
+	}
+	wg.Wait()
+	if err := n.stop(); err != nil {
+		t.Error(err)
+	}
+	n.wantNothingLeft()
+}

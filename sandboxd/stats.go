@@ -1,0 +1,185 @@
+package sandboxd
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+	"go.uber.org/zap"
+
+	"github.com/sluice-edge/sluice/guest"
+	"github.com/sluice-edge/sluice/link"
+	"github.com/sluice-edge/sluice/sandboxd/egress"
+)
+
+// stats are the counters of one manager.
+type stats struct {
+	created, createFailed, adopted, strangers, removeFailed      *metrics.Counter
+	publishFailed, withdrawFailed, announceFailed, samplesFailed *metrics.Counter
+
+	set   *metrics.Set
+	gone  map[GoneReason]*metrics.Counter
+	phase map[Step]*metrics.Histogram
+	opens map[link.Verdict]*metrics.Counter
+}
+
+func newStats(set *metrics.Set) *stats {
+	s := &stats{
+		set:            set,
+		created:        set.GetOrCreateCounter("sluice_sandboxd_created_total"),
+		createFailed:   set.GetOrCreateCounter("sluice_sandboxd_create_failures_total"),
+		adopted:        set.GetOrCreateCounter("sluice_sandboxd_adopted_total"),
+		strangers:      set.GetOrCreateCounter("sluice_sandboxd_strangers_removed_total"),
+		removeFailed:   set.GetOrCreateCounter("sluice_sandboxd_remove_failures_total"),
+		publishFailed:  set.GetOrCreateCounter("sluice_sandboxd_publish_failures_total"),
+		withdrawFailed: set.GetOrCreateCounter("sluice_sandboxd_withdraw_failures_total"),
+		announceFailed: set.GetOrCreateCounter("sluice_sandboxd_announce_failures_total"),
+		samplesFailed:  set.GetOrCreateCounter("sluice_sandboxd_sample_failures_total"),
+		gone:           make(map[GoneReason]*metrics.Counter),
+		phase:          make(map[Step]*metrics.Histogram),
+		opens:          make(map[link.Verdict]*metrics.Counter),
+	}
+	for _, reason := range goneReasons {
+		s.gone[reason] = set.GetOrCreateCounter(fmt.Sprintf("sluice_sandboxd_gone_total{reason=%q}", reason))
+	}
+	for _, step := range createSteps {
+		s.phase[step] = set.GetOrCreateHistogram(fmt.Sprintf("sluice_sandboxd_create_seconds{phase=%q}", step))
+	}
+	for v := link.Open; v <= link.Busy; v++ {
+		s.opens[v] = set.GetOrCreateCounter(fmt.Sprintf("sluice_sandboxd_opens_total{verdict=%q}", v))
+	}
+	return s
+}
+
+func (s *stats) opened(v link.Verdict) { s.opens[v].Inc() }
+
+// phases returns a function that is told after each step of one create, and records how long it took.
+func (s *stats) phases() func(Step) {
+	last := time.Now()
+	return func(step Step) {
+		now := time.Now()
+		s.phase[step].Update(now.Sub(last).Seconds())
+		last = now
+	}
+}
+
+const (
+	sampleInterval = 5 * time.Second
+	sampleTime     = time.Second
+	samplesKept    = 720 // one hour
+)
+
+// samples is a ring of the last hour. It grows as it fills: most sandboxes live for minutes.
+type samples struct {
+	ring []Metrics
+	next int // where the oldest is, once the ring is full
+}
+
+func (s *samples) add(m Metrics) {
+	if len(s.ring) < samplesKept {
+		s.ring = append(s.ring, m)
+		return
+	}
+	s.ring[s.next] = m
+	s.next = (s.next + 1) % samplesKept
+}
+
+// all returns a copy, the oldest first.
+func (s *samples) all() []Metrics {
+	return append(append(make([]Metrics, 0, len(s.ring)), s.ring[s.next:]...), s.ring[:s.next]...)
+}
+
+// refused counts what was turned away since the last time, over all sandboxes.
+func (s *stats) refused(before, after egress.Refusals) {
+	last := before.Reasons()
+	for reason, n := range after.Reasons() {
+		if n > last[reason] {
+			s.set.GetOrCreateCounter(fmt.Sprintf("sluice_sandboxd_egress_refused_total{reason=%q}", reason)).Add(int(n - last[reason]))
+		}
+	}
+}
+
+// countRefusals brings the sandbox's count of refused packets up to date.
+func (m *Manager) countRefusals(l *life, instance Instance) {
+	now, err := instance.Refusals()
+	if err != nil {
+		if ce := l.log.Check(zap.DebugLevel, "egress counters not read"); ce != nil {
+			ce.Write(zap.Error(err))
+		}
+		return
+	}
+	m.mu.Lock()
+	before := l.refused
+	if total(now) < total(before) { // somebody who read later was faster
+		now = before
+	}
+	l.refused = now
+	m.mu.Unlock()
+	m.stats.refused(before, now)
+}
+
+func total(r egress.Refusals) (n uint64) {
+	for _, count := range r.Reasons() {
+		n += count
+	}
+	return n
+}
+
+// Refusals returns how many packets of a sandbox its egress rules have turned away, by reason. It reads the kernel's counters.
+func (m *Manager) Refusals(id string) (egress.Refusals, error) {
+	l, err := m.running(id)
+	if err != nil {
+		return egress.Refusals{}, err
+	}
+	m.countRefusals(l, m.instanceOf(l))
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return l.refused, nil
+}
+
+// sample asks the guest once. What it answers is the word of hostile code: it is shown to its own tenant and used for nothing.
+func (m *Manager) sample(l *life, instance Instance) {
+	m.countRefusals(l, instance)
+	ctx, cancel := context.WithTimeout(l.ctx, sampleTime)
+	defer cancel()
+	got, err := instance.Metrics(ctx)
+	if err != nil {
+		m.stats.samplesFailed.Inc()
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	l.samples.add(metricsOf(got, now()))
+}
+
+// metricsOf takes over a guest's figures with our own time, and without those that no encoder accepts.
+func metricsOf(g guest.Metrics, at time.Time) Metrics {
+	cpu := g.CPUUsedPct
+	if math.IsNaN(cpu) || math.IsInf(cpu, 0) {
+		cpu = 0
+	}
+	amount := func(n int64) uint64 { return uint64(max(n, 0)) }
+	return Metrics{
+		Time:       at,
+		CPUCount:   max(g.CPUCount, 0),
+		CPUUsedPct: max(cpu, 0),
+		MemUsed:    amount(g.MemUsed),
+		MemTotal:   amount(g.MemTotal),
+		MemCache:   amount(g.MemCache),
+		DiskUsed:   amount(g.DiskUsed),
+		DiskTotal:  amount(g.DiskTotal),
+	}
+}
+
+// Metrics returns the samples of the last hour, the oldest first. Right after create there are none.
+func (m *Manager) Metrics(_ context.Context, id string) ([]Metrics, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	l, ok := m.lives[id]
+	if !ok || !l.visible() {
+		return nil, notFound(id)
+	}
+	return l.samples.all(), nil
+}

@@ -1,0 +1,72 @@
+package sandboxd
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/sluice-edge/sluice/internal/errs"
+)
+
+func TestTemplates(t *testing.T) {
+	set := newTemplates([]Template{
+		{ID: "base", MemoryMiB: 2048},
+		{ID: "rki5dems9wqfm4r03t7g", Aliases: []string{"node", "acme/node"}, CPUs: 4},
+	})
+	check := func(reference, wantID, wantAlias string) {
+		t.Helper()
+		tmpl, alias, err := set.find(reference)
+		if err != nil || tmpl.ID != wantID || alias != wantAlias {
+			t.Errorf("find(%q) = %q, %q, %v, want %q, %q", reference, tmpl.ID, alias, err, wantID, wantAlias)
+		}
+	}
+	fails := func(reference string, code errs.Code) {
+		t.Helper()
+		if _, _, err := set.find(reference); err == nil || errs.CodeOf(err) != code {
+			t.Errorf("find(%q) = %v, want %v", reference, err, code)
+		}
+	}
+	check("base", "base", "base")
+	check("BASE:default", "base", "base")
+	check("code-interpreter-v1", "code-interpreter-v1", "code-interpreter-v1")
+	check("rki5dems9wqfm4r03t7g", "rki5dems9wqfm4r03t7g", "rki5dems9wqfm4r03t7g")
+	check("Node", "rki5dems9wqfm4r03t7g", "node")
+	check("Acme/Node:Default", "rki5dems9wqfm4r03t7g", "acme/node")
+	fails("nobody/node", errs.NotFound)
+	fails("node:v2", errs.NotFound)
+	for _, bad := range []string{"", ":", "/", "a/", "/a", "a:", "a/b/c", "a:b:c", "../a", "a b", "a\x00", "ä", strings.Repeat("a", 300)} {
+		fails(bad, errs.Invalid)
+	}
+	if tmpl, _, _ := set.find("base"); tmpl.MemoryMiB != 2048 || tmpl.CPUs != 2 || len(set.list) != 3 {
+		t.Errorf("base = %+v of %d templates, want the caller's own in place of the builtin", tmpl, len(set.list))
+	}
+}
+
+// FuzzParseTemplate: what is accepted is made of safe parts, and is its own reference.
+func FuzzParseTemplate(f *testing.F) {
+	for _, s := range []string{"base", "a/b:c", "A", "../x", "a::b", ".a", "a/.b"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, reference string) {
+		name, tag, err := parseTemplate(reference)
+		if err != nil {
+			return
+		}
+		if strings.ContainsAny(name, " \\\x00:") || strings.Contains(name, "/.") || strings.Count(name, "/") > 1 || strings.HasPrefix(name, ".") {
+			t.Errorf("parseTemplate(%q) = %q", reference, name)
+		}
+		if name2, tag2, err := parseTemplate(name + ":" + tag); err != nil || name2 != name || tag2 != tag {
+			t.Errorf("parseTemplate(%q) = %q, %q, %v, want %q, %q", name+":"+tag, name2, tag2, err, name, tag)
+		}
+	})
+}
+
+func TestNewID(t *testing.T) {
+	seen := make(map[string]bool)
+	for range 1000 {
+		id := newID()
+		if len(id) != 21 || id[0] != 'i' || strings.Trim(id, "abcdefghijklmnopqrstuvwxyz0123456789") != "" || seen[id] {
+			t.Fatalf("newID() = %q", id)
+		}
+		seen[id] = true
+	}
+}
