@@ -287,37 +287,49 @@ func sendSocket(carrier *net.UnixConn, socket *net.TCPConn) error {
 	return errors.Join(cerr, err)
 }
 
-// dialLocal connects to a server in the sandbox, on whichever of its addresses it listens. Refused everywhere is refused.
+// dialLocal connects to a server in the sandbox, on whichever of its addresses it listens: most listen on loopback or everywhere. Refused
+// everywhere is refused.
 func dialLocal(ctx context.Context, port uint16) (*net.TCPConn, error) {
-	var d net.Dialer
 	var errs []error
-	for _, addr := range localAddresses() {
-		conn, err := d.DialContext(ctx, "tcp", net.JoinHostPort(addr, strconv.Itoa(int(port))))
-		if err != nil {
+	for _, addresses := range []func() []string{loopback, ownAddresses} {
+		for _, addr := range addresses() {
+			conn, err := dialAddress(ctx, net.JoinHostPort(addr, strconv.Itoa(int(port))))
+			if err == nil {
+				return conn, nil
+			}
 			errs = append(errs, err)
-			continue
 		}
-		tcp, ok := conn.(*net.TCPConn)
-		if ok && !talksToItself(tcp) {
-			return tcp, nil
-		}
-		conn.Close()
-		errs = append(errs, syscall.ECONNREFUSED)
 	}
 	return nil, errors.Join(errs...)
+}
+
+func dialAddress(ctx context.Context, address string) (*net.TCPConn, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	tcp, ok := conn.(*net.TCPConn)
+	if !ok || talksToItself(tcp) {
+		conn.Close()
+		return nil, syscall.ECONNREFUSED
+	}
+	return tcp, nil
 }
 
 // talksToItself notices TCP's simultaneous open: a connection to a local port of the ephemeral range that nobody listens on can be given that very
 // port as its own, and then succeeds.
 func talksToItself(c *net.TCPConn) bool { return c.LocalAddr().String() == c.RemoteAddr().String() }
 
-// localAddresses are the loopback addresses first: most servers listen there or everywhere.
-func localAddresses() []string {
-	all := []string{"127.0.0.1", "::1"}
+func loopback() []string { return []string{"127.0.0.1", "::1"} }
+
+// ownAddresses are those of the other interfaces. A server that is bound to one of them answers only there.
+func ownAddresses() []string {
 	ifaces, err := net.Interfaces()
 	if err != nil {
-		return all
+		return nil
 	}
+	var all []string
 	for _, iface := range ifaces {
 		addrs, err := iface.Addrs()
 		if err != nil {

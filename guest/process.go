@@ -47,6 +47,7 @@ var (
 	errNoStdin    = errors.New("stdin not enabled or closed")
 	errHasPTY     = errors.New("process has a PTY: its input is written to the PTY, not to stdin")
 	errNoPTY      = errors.New("tty not assigned to process")
+	errEnding     = errors.New("the sandbox is ending")
 	errCloseOfPTY = errors.New("cannot close stdin of a process with a PTY, send Ctrl+D (0x04) instead")
 )
 
@@ -109,6 +110,10 @@ type startSpec struct {
 
 // start runs a process and subscribes to its output before there can be any.
 func (ps *processes) start(spec startSpec) (*running, *reader, error) {
+	if !ps.open() {
+		return nil, nil, errEnding
+	}
+	defer ps.work.Done()
 	path, err := lookPath(spec.config.GetCmd(), spec.dir, spec.env)
 	if err != nil {
 		return nil, nil, err
@@ -147,6 +152,17 @@ func (ps *processes) start(spec startSpec) (*running, *reader, error) {
 	}
 	go ps.attend(p, pumps)
 	return p, r, nil
+}
+
+// open counts one more piece of work, unless the agent is ending.
+func (ps *processes) open() bool {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	if ps.closed {
+		return false
+	}
+	ps.work.Add(1)
+	return true
 }
 
 // files are descriptors that are closed together.

@@ -27,6 +27,9 @@ func (s processService) Start(
 		return err
 	}
 	p, r, err := s.processes.start(spec)
+	if errors.Is(err, errEnding) {
+		return connect.NewError(connect.CodeUnavailable, err)
+	}
 	if err != nil {
 		return invalid("error starting process '%s': %w", strings.Join(append([]string{spec.config.GetCmd()}, spec.config.GetArgs()...), " "), err)
 	}
