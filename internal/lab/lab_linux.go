@@ -263,12 +263,18 @@ func newNetNS() (fd int, err error) {
 	return fd, err
 }
 
-// onThread runs fn on a thread of its own that ends with it.
+// onThread runs fn on a thread of its own that ends with it. It is never the process's first one, which cannot end and by which
+// /proc/self goes.
 func onThread(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the thread is discarded with the goroutine
-		done <- fn()
+		runtime.LockOSThread()
+		if unix.Gettid() == os.Getpid() {
+			done <- onThread(fn) // this goroutine holds the first thread meanwhile
+			runtime.UnlockOSThread()
+			return
+		}
+		done <- fn() // never unlocked: the thread is discarded with the goroutine
 	}()
 	return <-done
 }

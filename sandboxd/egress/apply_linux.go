@@ -328,11 +328,18 @@ func ifname(dev string) []byte {
 	return b
 }
 
-// inNetNS runs fn on an operating system thread of its own inside the namespace. The thread ends with fn.
+// inNetNS runs fn on an operating system thread of its own inside the namespace. The thread ends with fn, and is never the
+// process's first, which cannot end and would keep the namespace for good.
 func inNetNS(ns int, fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // never unlocked: the runtime discards the thread when its goroutine ends
+		runtime.LockOSThread()
+		if unix.Gettid() == os.Getpid() {
+			done <- inNetNS(ns, fn) // this goroutine holds the first thread meanwhile, so the next one gets another
+			runtime.UnlockOSThread()
+			return
+		}
+		// Never unlocked: the runtime discards the thread when its goroutine ends.
 		if err := unix.Setns(ns, unix.CLONE_NEWNET); err != nil {
 			done <- os.NewSyscallError("setns", err)
 			return

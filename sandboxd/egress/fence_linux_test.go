@@ -86,9 +86,9 @@ func (w *world) counters(slot *netdev.Slot) egress.Refusals {
 }
 
 // dial opens a socket inside the slot.
-func (w *world) dial(slot *netdev.Slot, network, to string) (conn net.Conn, err error) {
+func (w *world) dial(slot *netdev.Slot, network, to string, patience time.Duration) (conn net.Conn, err error) {
 	w.Helper()
-	enterErr := lab.Enter(slot.NetNS, func() { conn, err = net.DialTimeout(network, to, 1500*time.Millisecond) })
+	enterErr := lab.Enter(slot.NetNS, func() { conn, err = net.DialTimeout(network, to, patience) })
 	if enterErr != nil {
 		w.Fatal(enterErr)
 	}
@@ -98,10 +98,15 @@ func (w *world) dial(slot *netdev.Slot, network, to string) (conn net.Conn, err 
 // reach says what a program inside the slot sees of an address: "open", "refused" at connect time, or "silent".
 func (w *world) reach(slot *netdev.Slot, network string, to netip.Addr) string {
 	w.Helper()
-	conn, err := w.dial(slot, network, netip.AddrPortFrom(to, lab.PortEcho).String())
+	return w.reachWithin(slot, network, to, 5*time.Second)
+}
+
+func (w *world) reachWithin(slot *netdev.Slot, network string, to netip.Addr, patience time.Duration) string {
+	w.Helper()
+	conn, err := w.dial(slot, network, netip.AddrPortFrom(to, lab.PortEcho).String(), patience)
 	if err == nil {
 		defer conn.Close()
-		conn.SetDeadline(time.Now().Add(1500 * time.Millisecond))
+		conn.SetDeadline(time.Now().Add(patience))
 		if _, err = io.WriteString(conn, "ping"); err == nil {
 			_, err = io.ReadFull(conn, make([]byte, 4))
 		}
@@ -209,7 +214,7 @@ func TestReservedNever(t *testing.T) {
 	// First without rules: the host's table alone. It is silent.
 	for _, addr := range []netip.Addr{lab.HostAddr, lab.HostAddr6, neighbour.GuestAddr, neighbour.GuestAddr6,
 		netip.MustParseAddr("169.254.169.254"), netip.MustParseAddr("10.99.0.1"), netip.MustParseAddr("fd00:99::1")} {
-		if got := w.reach(slot, "tcp", addr); got == "open" {
+		if got := w.reachWithin(slot, "tcp", addr, 200*time.Millisecond); got == "open" {
 			t.Errorf("without rules inside, %s is open", addr)
 		}
 	}
@@ -404,7 +409,7 @@ type flow struct {
 // transfer starts one inside the slot: reading when copyFrom is given, else writing.
 func (w *world) transfer(slot *netdev.Slot, network, to string, copyFrom func(io.Reader) (int64, error)) *flow {
 	w.Helper()
-	conn, err := w.dial(slot, network, to)
+	conn, err := w.dial(slot, network, to, 5*time.Second)
 	if err != nil {
 		w.Fatal(err)
 	}

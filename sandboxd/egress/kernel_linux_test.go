@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
-	"runtime"
 	"strings"
 	"testing"
 
@@ -20,19 +19,21 @@ func scratchNetNS(t testing.TB) string {
 	if os.Geteuid() != 0 {
 		t.Skip("network namespaces need root: run the tests with sudo")
 	}
-	fd := make(chan int)
-	go func() {
-		runtime.LockOSThread()
+	home, err := openNetNS("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(home)
+	ns := -1
+	err = inNetNS(home, func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			fd <- -1
-			return
+			return err
 		}
-		ns, _ := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		fd <- ns
-	}()
-	ns := <-fd
-	if ns < 0 {
-		t.Skip("no network namespace can be made here: CAP_SYS_ADMIN is missing")
+		ns, err = openNetNS("/proc/thread-self/ns/net")
+		return err
+	})
+	if err != nil {
+		t.Skipf("no network namespace can be made here: %v", err)
 	}
 	t.Cleanup(func() { _ = unix.Close(ns) })
 	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns)

@@ -9,12 +9,18 @@ import (
 )
 
 // onThread runs fn on an operating system thread of its own, which ends with fn: fn may leave it in any namespace. fn must not
-// start goroutines or processes that rely on that namespace.
+// start goroutines or processes that rely on that namespace. The thread is never the process's first, which cannot end: it would
+// keep the namespace for good, and everything that goes by /proc/self would see it.
 func onThread(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // and never unlocked: the runtime discards the thread when its goroutine ends
-		done <- fn()
+		runtime.LockOSThread()
+		if unix.Gettid() == os.Getpid() {
+			done <- onThread(fn) // this goroutine holds the first thread meanwhile, so the next one gets another
+			runtime.UnlockOSThread()
+			return
+		}
+		done <- fn() // never unlocked: the runtime discards the thread when its goroutine ends
 	}()
 	return <-done
 }
