@@ -36,7 +36,6 @@ type cgroupPlan struct {
 	Controllers []string
 }
 
-func (p cgroupPlan) join() []string             { return p.Dirs }
 func (p cgroupPlan) has(controller string) bool { return slices.Contains(p.Controllers, controller) }
 
 // plan is pure.
@@ -96,17 +95,7 @@ func optionalCgroupFile(name string) bool {
 	return base == "memory.swap.max" || base == "memory.memsw.limit_in_bytes"
 }
 
-// remove kills what is left inside and removes the directories. Idempotent.
-func (p cgroupPlan) remove(ctx context.Context) error {
-	var all error
-	for _, d := range p.Dirs {
-		if err := removeCgroup(ctx, d); err != nil {
-			all = errors.Join(all, err)
-		}
-	}
-	return all
-}
-
+// removeCgroup kills what is left inside and removes the directory. Idempotent.
 func removeCgroup(ctx context.Context, dir string) error {
 	for {
 		err := unix.Rmdir(dir)
@@ -193,17 +182,17 @@ func probeCgroups() (h cgroupHost, why []string) {
 	if !ok {
 		return h, []string{"no cgroup file system is mounted"}
 	}
-	dir, err := m.dir(own[""])
-	if err != nil {
-		return h, []string{err.Error()}
-	}
-	got, err := prepareUnified(dir)
-	if err != nil {
-		return h, []string{err.Error()}
-	}
 	h.unified = true
-	for c, base := range got {
-		h.base[c] = base
+	dir, err := m.dir(own[""])
+	if err == nil {
+		h.base, err = prepareUnified(dir)
+	}
+	if err != nil && os.Geteuid() == 0 {
+		// Other processes live beside us, as in a terminal's scope. The root may have children and processes both.
+		h.base, err = prepareUnified(m.point)
+	}
+	if err != nil {
+		return cgroupHost{}, []string{err.Error()}
 	}
 	for _, c := range controllers {
 		if _, ok := h.base[c]; !ok {
@@ -229,9 +218,7 @@ func prepareUnified(dir string) (map[string]string, error) {
 		}
 		err := writeFile(filepath.Join(dir, "cgroup.subtree_control"), "+"+c)
 		if errors.Is(err, unix.EBUSY) {
-			if err = leaveForSupervisor(dir); err == nil {
-				err = writeFile(filepath.Join(dir, "cgroup.subtree_control"), "+"+c)
-			}
+			err = leaveForSupervisor(dir, c)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("hand %s to children: %w", c, err)
@@ -244,13 +231,21 @@ func prepareUnified(dir string) (map[string]string, error) {
 	return base, nil
 }
 
-// leaveForSupervisor moves this process, and only it: others in the cgroup are not ours to move.
-func leaveForSupervisor(dir string) error {
+// leaveForSupervisor moves this process to a leaf, and only it: others in the cgroup are not ours to move. If they are in
+// the way, we come back.
+func leaveForSupervisor(dir, controller string) error {
 	leaf := filepath.Join(dir, supervisorName)
 	if err := os.Mkdir(leaf, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	return writeFile(filepath.Join(leaf, "cgroup.procs"), "0")
+	err := writeFile(filepath.Join(leaf, "cgroup.procs"), "0")
+	if err == nil {
+		err = writeFile(filepath.Join(dir, "cgroup.subtree_control"), "+"+controller)
+	}
+	if err == nil {
+		return nil
+	}
+	return errors.Join(err, writeFile(filepath.Join(dir, "cgroup.procs"), "0"), unix.Rmdir(leaf))
 }
 
 // tryCgroup makes a cgroup and removes it again: permission bits alone do not tell.

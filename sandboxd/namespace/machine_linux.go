@@ -197,6 +197,9 @@ func (m *Machine) Start(ctx context.Context, spec Spec) (_ *Process, err error) 
 	}
 	cg := m.cgroups.plan(spec.cgroupName(), spec.Limits)
 	plan := compile(m.cfg, spec, v, cg)
+	if err := claim(spec); err != nil {
+		return nil, err
+	}
 
 	defer func() {
 		if err == nil {
@@ -213,6 +216,9 @@ func (m *Machine) Start(ctx context.Context, spec Spec) (_ *Process, err error) 
 		return nil, err
 	}
 	m.step("dirs")
+	if err := os.WriteFile(filepath.Join(spec.Dir, cgroupsName), []byte(strings.Join(cg.Dirs, "\n")), 0o600); err != nil {
+		return nil, fmt.Errorf("note cgroups: %w", err)
+	}
 	if err := cg.make(); err != nil {
 		return nil, err
 	}
@@ -236,18 +242,30 @@ func (m *Machine) Start(ctx context.Context, spec Spec) (_ *Process, err error) 
 	return p, nil
 }
 
-// makeDirs writes the sandbox's top layer and the places for its mounts.
-func (m *Machine) makeDirs(spec Spec, v view) error {
-	rw := filepath.Join(spec.Dir, rwName)
+// claim makes the first directory, which only one Start can: the undo of a second one would destroy the first one's sandbox.
+func claim(spec Spec) error {
 	if err := os.MkdirAll(spec.Dir, 0o700); err != nil {
 		return fmt.Errorf("make sandbox directory: %w", err)
 	}
+	err := os.Mkdir(filepath.Join(spec.Dir, rwName), 0o755)
+	if errors.Is(err, fs.ErrExist) {
+		return &errs.Error{Code: errs.Conflict, Msg: "the sandbox exists", Err: err}
+	}
+	if err != nil {
+		return fmt.Errorf("make sandbox directory: %w", err)
+	}
+	return nil
+}
+
+// makeDirs writes the sandbox's top layer and the places for its mounts.
+func (m *Machine) makeDirs(spec Spec, v view) error {
+	rw := filepath.Join(spec.Dir, rwName)
 	im, err := privateFiles(spec, v.dir, m.cfg.Rootless)
 	if err != nil {
 		return err
 	}
 	// The workspace's mount point, and for every overlay an upper and a work directory.
-	dirs := []string{filepath.Join(spec.Dir, stageName), rw, filepath.Join(rw, "root.work")}
+	dirs := []string{filepath.Join(spec.Dir, stageName), filepath.Join(rw, "root.work")}
 	owned := []string{filepath.Join(rw, "root")}
 	if v.overUsr != "" {
 		for _, d := range append([]string{"/usr"}, v.realDirs...) {
@@ -500,8 +518,26 @@ func (m *Machine) Destroy(ctx context.Context, spec Spec) error {
 	if err := m.killSurvivors(ctx, spec); err != nil {
 		return err
 	}
-	cg := m.cgroups.plan(spec.cgroupName(), spec.Limits)
-	return errors.Join(cg.remove(ctx), removeFiles(spec.Dir))
+	return errors.Join(m.removeCgroups(ctx, spec), removeFiles(spec.Dir))
+}
+
+// removeCgroups also removes those that a daemon made which lived in another cgroup than we do.
+func (m *Machine) removeCgroups(ctx context.Context, spec Spec) error {
+	dirs := m.cgroups.plan(spec.cgroupName(), spec.Limits).Dirs
+	noted, err := os.ReadFile(filepath.Join(spec.Dir, cgroupsName))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("read note of cgroups: %w", err)
+	}
+	for _, d := range strings.Fields(string(noted)) {
+		if filepath.Base(d) == spec.cgroupName() && !slices.Contains(dirs, d) {
+			dirs = append(dirs, d)
+		}
+	}
+	var all error
+	for _, d := range dirs {
+		all = errors.Join(all, removeCgroup(ctx, d))
+	}
+	return all
 }
 
 // killSurvivors repeats until a whole look at /proc finds none: a stage may have cloned while we looked.
@@ -531,7 +567,7 @@ func (m *Machine) killSurvivors(ctx context.Context, spec Spec) error {
 // removeFiles removes what we made in dir, and dir if nothing else is in it.
 func removeFiles(dir string) error {
 	var all error
-	for _, name := range []string{rwName, stageName, controlName, logName} {
+	for _, name := range []string{rwName, stageName, controlName, logName, cgroupsName} {
 		all = errors.Join(all, removeTree(filepath.Join(dir, name)))
 	}
 	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {

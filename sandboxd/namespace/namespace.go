@@ -83,8 +83,9 @@ type Handle struct {
 const (
 	controlName = "control.sock"
 	logName     = "guestd.log"
-	rwName      = "rw"    // overlay upper and work directories
-	stageName   = "stage" // mount point of the workspace, used only in stage one's mount namespace
+	rwName      = "rw"      // overlay upper and work directories
+	cgroupsName = "cgroups" // where its cgroups are, one to a line
+	stageName   = "stage"   // mount point of the workspace, used only in stage one's mount namespace
 )
 
 const (

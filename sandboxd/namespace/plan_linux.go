@@ -168,7 +168,7 @@ var devices = []deviceNode{
 func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 	p := Plan{
 		ID: spec.ID, Dir: spec.Dir, NetNS: spec.NetNS, Rootless: cfg.Rootless, UIDBase: spec.UIDBase, Hostname: spec.hostname(),
-		Cgroups: cg.join(),
+		Cgroups: cg.Dirs,
 		Nofile:  1 << 20,
 		Env: []string{
 			"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
