@@ -53,7 +53,7 @@ func NewNonce() [NonceSize]byte {
 
 // TokenKey derives tokens from nonces. It comes from the cluster key, so that every node gives the same answer.
 type TokenKey struct {
-	key *[sha256.Size]byte // a pointer, so that printing a struct that holds a TokenKey shows an address and not the key
+	key func() []byte // a function, because fmt looks through every other type when it prints the struct around it
 }
 
 // NewTokenKey derives the key. Being derived for this purpose alone, it tells nothing about the cluster key, which also signs links.
@@ -62,7 +62,7 @@ func NewTokenKey(clusterKey []byte) TokenKey {
 	if err != nil {
 		panic("BUG: " + err.Error()) // only for an impossible length
 	}
-	return TokenKey{key: (*[sha256.Size]byte)(derived)}
+	return TokenKey{key: func() []byte { return derived }}
 }
 
 // Traffic is the token that a private sandbox's visitors present: 64 hex digits, random by its nonce. It can be told again for
@@ -73,7 +73,7 @@ func (k TokenKey) Traffic(nonce [NonceSize]byte) string { return k.derive("traff
 func (k TokenKey) Envd(nonce [NonceSize]byte) string { return k.derive("envd", nonce) }
 
 func (k TokenKey) derive(purpose string, nonce [NonceSize]byte) string {
-	mac := hmac.New(sha256.New, k.key[:])
+	mac := hmac.New(sha256.New, k.key())
 	mac.Write([]byte(purpose)) // the nonce has a fixed length, so no two pairs give the same bytes
 	mac.Write(nonce[:])
 	return hex.EncodeToString(mac.Sum(nil))

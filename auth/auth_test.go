@@ -78,7 +78,7 @@ func TestTokenKeyDoesNotPrint(t *testing.T) {
 		exported := fmt.Sprintf(format, struct{ Key TokenKey }{key})
 		inside := fmt.Sprintf(format, struct{ key TokenKey }{key})
 		for _, shown := range []string{text, exported, inside} {
-			if strings.Contains(shown, hex.EncodeToString(key.key[:4])) || strings.Contains(shown, fmt.Sprint(key.key[0], " ", key.key[1])) {
+			if strings.Contains(shown, hex.EncodeToString(key.key()[:4])) || strings.Contains(shown, fmt.Sprint(key.key()[0], " ", key.key()[1])) {
 				t.Errorf("Sprintf(%q) shows the key: %s", format, shown)
 			}
 		}
