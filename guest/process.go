@@ -409,7 +409,7 @@ func (ps *processes) live() []*running {
 	defer ps.mu.Unlock()
 	live := []*running{}
 	for _, p := range ps.byPID {
-		if !p.hasEnded() {
+		if !p.isDead() {
 			live = append(live, p)
 		}
 	}
@@ -430,7 +430,7 @@ func (ps *processes) find(s *process.ProcessSelector) (*running, error) {
 	case *process.ProcessSelector_Tag:
 		var found *running
 		for _, p := range ps.byPID {
-			if p.tag != nil && *p.tag == by.Tag && (found == nil || !p.hasEnded()) {
+			if p.tag != nil && *p.tag == by.Tag && (found == nil || !p.isDead()) {
 				found = p
 			}
 		}
@@ -445,10 +445,10 @@ func (ps *processes) find(s *process.ProcessSelector) (*running, error) {
 
 var errNoSelector = errors.New("process selector names neither pid nor tag")
 
-// hasEnded says whether the end of p is known.
-func (p *running) hasEnded() bool {
+// isDead says whether the process is gone. Its end may be told a little later, when its output is.
+func (p *running) isDead() bool {
 	select {
-	case <-p.out.done:
+	case <-p.dead:
 		return true
 	default:
 		return false

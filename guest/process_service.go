@@ -189,7 +189,7 @@ func (s processService) findLive(selector *process.ProcessSelector) (*running, e
 	if err != nil {
 		return nil, err
 	}
-	if p.hasEnded() {
+	if p.isDead() {
 		return nil, gone(p)
 	}
 	return p, nil

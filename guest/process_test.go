@@ -498,8 +498,8 @@ func TestDaemonDoesNotHoldUpTheEnd(t *testing.T) {
 
 func TestLargeOutputArrivesWhole(t *testing.T) {
 	s := startAgent(t)
-	o := s.run(t, "head -c 20000000 /dev/zero; echo; head -c 3000000 /dev/zero >&2", "")
-	if len(o.stdout) != 20000001 || len(o.stderr) != 3000000 || o.end == nil {
+	o := s.run(t, "head -c 5000000 /dev/zero; echo; head -c 1000000 /dev/zero >&2", "")
+	if len(o.stdout) != 5000001 || len(o.stderr) != 1000000 || o.end == nil {
 		t.Errorf("%d and %d bytes, end %v, %v", len(o.stdout), len(o.stderr), o.end, o.err)
 	}
 }
@@ -630,7 +630,7 @@ func TestKillAllLeavesNothing(t *testing.T) {
 	}
 	p.out.unsubscribe(r)
 	ps.killAll()
-	if !p.hasEnded() {
+	if !p.isDead() {
 		t.Error("still there")
 	}
 	if _, _, err := ps.start(startSpec{config: sh("true").Process, dir: "/"}); !errors.Is(err, errEnding) {
