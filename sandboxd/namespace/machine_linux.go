@@ -77,6 +77,13 @@ func New(cfg Config) (*Machine, error) {
 		"namespaces share the host's kernel: not a security boundary against hostile code",
 		"the disk that a sandbox may fill is not limited")
 	if cfg.Rootless {
+		if err := probeRootless(); err != nil {
+			return nil, &errs.Error{
+				Code: errs.Unavailable, Err: err,
+				Msg: "this host forbids user namespaces to users without privilege: run as root, or allow them " +
+					"(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns, kernel.unprivileged_userns_clone)",
+			}
+		}
 		m.limits = append(m.limits, "rootless: one user id inside, `root` has no power; own network without a way out, ports through guestd only")
 	}
 	var why []string
@@ -122,15 +129,35 @@ func (h cgroupHost) limitations(why []string) (out []string) {
 // Limitations is what this machine cannot enforce on this host, in words for an operator.
 func (m *Machine) Limitations() []string { return slices.Clone(m.limits) }
 
-// probeIdmap tries the real thing on a detached mount, with the user namespace of a process made for it.
+// probeIdmap tries the real thing on a detached mount.
 func probeIdmap(dir string) error {
+	ids := []syscall.SysProcIDMap{{HostID: idCount, Size: idCount}}
+	return withUserNamespace(&syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, UidMappings: ids, GidMappings: ids}, func(userns int) error {
+		fd, err := cloneIdmapped(dir, userns)
+		if err != nil {
+			return err
+		}
+		return unix.Close(fd)
+	})
+}
+
+// probeRootless tries what distributions switch off for users without privilege.
+func probeRootless() error {
+	attr := &syscall.SysProcAttr{
+		Cloneflags:  unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWNET,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: userID, HostID: os.Geteuid(), Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: userID, HostID: os.Getegid(), Size: 1}},
+		AmbientCaps: []uintptr{unix.CAP_SYS_ADMIN},
+	}
+	return withUserNamespace(attr, func(int) error { return nil })
+}
+
+// withUserNamespace lends the user namespace of a process that is made for it.
+func withUserNamespace(attr *syscall.SysProcAttr, use func(fd int) error) error {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = []string{probeName}
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags:  unix.CLONE_NEWUSER,
-		UidMappings: []syscall.SysProcIDMap{{HostID: idCount, Size: idCount}},
-		GidMappings: []syscall.SysProcIDMap{{HostID: idCount, Size: idCount}},
-	}
+	cmd.Env = []string{}
+	cmd.SysProcAttr = attr
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return err
@@ -138,19 +165,15 @@ func probeIdmap(dir string) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	defer cmd.Wait() //nolint:errcheck // killed
+	defer cmd.Wait() //nolint:errcheck // its end is ours to bring about
 	defer cmd.Process.Kill()
 	defer stdin.Close()
-	userns, err := unix.Open(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(userns)
-	fd, err := cloneIdmapped(dir, userns)
-	if err != nil {
-		return err
-	}
-	return unix.Close(fd)
+	defer unix.Close(fd)
+	return use(fd)
 }
 
 // viewFor is the image that the spec asks for.
