@@ -275,10 +275,7 @@ func (b *backend) head(c *rawConn) string {
 
 // echoHead answers every request with its own head.
 func echoHead(t testing.TB) *backend {
-	var b *backend
-	ready := make(chan struct{})
-	b = startBackend(t, func(c *rawConn, _ int) {
-		<-ready
+	return scripted(t, func(b *backend, c *rawConn, _ int) {
 		for {
 			head := b.head(c)
 			if head == "" {
@@ -290,6 +287,16 @@ func echoHead(t testing.TB) *backend {
 				c.write("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
 			}
 		}
+	})
+}
+
+// scripted starts a backend whose script may use it.
+func scripted(t testing.TB, serve func(b *backend, c *rawConn, n int)) *backend {
+	var b *backend
+	ready := make(chan struct{})
+	b = startBackend(t, func(c *rawConn, n int) {
+		<-ready
+		serve(b, c, n)
 	})
 	close(ready)
 	return b

@@ -132,8 +132,7 @@ func TestMalformedRequestsAreRefused(t *testing.T) {
 func TestMalformedChunkAfterTheFirst(t *testing.T) {
 	e := startEdge(t)
 	ended := make(chan error, 1)
-	var b *backend
-	b = startBackend(t, func(c *rawConn, _ int) {
+	b := scripted(t, func(b *backend, c *rawConn, _ int) {
 		b.head(c)
 		_, err := io.Copy(io.Discard, c.br)
 		ended <- err
