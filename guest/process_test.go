@@ -358,7 +358,7 @@ func TestPTY(t *testing.T) {
 	if want := "31 91\r\nmine\r\nhello\r\n40 100\r\ngot hello\r\n"; o.pty != want || o.end.GetExitCode() != 0 {
 		t.Errorf("pty = %q, want %q; %+v", o.pty, want, o)
 	}
-	o = collect(s.start(t, t.Context(), sh("sleep 600"), ""), func(o *outcome) {
+	o = collect(s.start(t, t.Context(), sh("exec sleep 600"), ""), func(o *outcome) {
 		if o.end != nil {
 			return
 		}
