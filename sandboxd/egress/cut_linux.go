@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -15,31 +16,55 @@ import (
 // that nothing can take them up again, and tells the programs that hold their sockets, which would otherwise wait for data.
 func (r Ruleset) cut(ns int) error {
 	return inNetNS(ns, func() error {
-		errConntrack := r.cutConntrack()
+		protos, err := r.cutConntrack()
 		if !r.local {
-			return errConntrack // the sockets are in the machine
+			return err // the sockets are in the machine
 		}
-		return errors.Join(errConntrack, r.cutSockets())
+		failed := []error{err}
+		for _, proto := range protos {
+			// A socket for IPv6 may hold a flow of IPv4.
+			for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+				if err := r.cutSockets(family, proto); err != nil {
+					failed = append(failed, fmt.Errorf("abort sockets: %w", err))
+				}
+			}
+		}
+		return errors.Join(failed...)
 	})
 }
 
-func (r Ruleset) cutConntrack() error {
+// cutConntrack deletes the tracked flows that the rules forbid, and returns which of TCP and UDP were among them. Looking is what
+// costs, because the kernel walks a table for the whole machine: so it looks once for both families, and again only to delete.
+func (r Ruleset) cutConntrack() (protos []byte, err error) {
 	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
 	if err != nil {
-		return fmt.Errorf("open netlink: %w", err)
+		return nil, fmt.Errorf("open netlink: %w", err)
 	}
 	defer h.Close()
+	flows, err := h.ConntrackTableList(netlink.ConntrackTable, unix.AF_UNSPEC)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // interrupted: flows came and went while we looked
+		return nil, fmt.Errorf("list tracked flows: %w", err)
+	}
 	var failed []error
-	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, family, forbidden(r))
-		if errors.Is(err, netlink.ErrDumpInterrupted) { // flows came and went while we looked: look again
-			_, err = h.ConntrackDeleteFilters(netlink.ConntrackTable, family, forbidden(r))
+	cut := map[uint8]bool{}
+	for _, flow := range flows {
+		proto := flow.Forward.Protocol
+		if !forbidden(r).MatchConntrackFlow(flow) {
+			continue
 		}
+		if (proto == unix.IPPROTO_TCP || proto == unix.IPPROTO_UDP) && !slices.Contains(protos, proto) {
+			protos = append(protos, proto)
+		}
+		if cut[flow.FamilyType] {
+			continue
+		}
+		cut[flow.FamilyType] = true
+		_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(flow.FamilyType), forbidden(r))
 		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 			failed = append(failed, fmt.Errorf("delete tracked flows: %w", err))
 		}
 	}
-	return errors.Join(failed...)
+	return protos, errors.Join(failed...)
 }
 
 // forbidden picks the tracked flows that a ruleset forbids.
@@ -65,21 +90,9 @@ const (
 // diagStates are those of a TCP socket with a peer that is still there: all but closed, listening and the waits after the end.
 const diagStates = 1<<1 | 1<<2 | 1<<3 | 1<<4 | 1<<5 | 1<<8
 
-// cutSockets aborts the sockets of forbidden flows: their owners get ECONNABORTED at once. A kernel that cannot
+// cutSockets aborts the sockets of forbidden flows: their owners get an error at once. A kernel that cannot
 // (CONFIG_INET_DIAG_DESTROY) leaves them to find out by themselves.
-func (r Ruleset) cutSockets() error {
-	var failed []error
-	for _, proto := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
-		for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
-			if err := r.cutSocketsOf(family, proto); err != nil {
-				failed = append(failed, fmt.Errorf("abort sockets: %w", err))
-			}
-		}
-	}
-	return errors.Join(failed...)
-}
-
-func (r Ruleset) cutSocketsOf(family, proto byte) error {
+func (r Ruleset) cutSockets(family, proto byte) error {
 	list := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
 	list.AddRawData(diagRequest(family, proto, nil))
 	answers, err := list.Execute(unix.NETLINK_INET_DIAG, nl.SOCK_DIAG_BY_FAMILY)

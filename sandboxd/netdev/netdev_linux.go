@@ -173,14 +173,22 @@ func (n *Network) build(p plan) (ns int, err error) {
 	if err := errors.Join(awaitCarrier(host, p.hostDev), awaitCarrier(guest, guestDev)); err != nil {
 		return -1, err
 	}
+	if n.ipv6 {
+		if err := awaitLocal(guest, p.guest6); err != nil {
+			return -1, err
+		}
+	}
 	return ns, nil
 }
+
+// patience bounds the waits for what the kernel does in its own time.
+const patience = 3 * time.Second
 
 // awaitCarrier waits until the kernel sends on a device. Both ends are up and see each other, but the kernel takes notice in its
 // own time, up to a second later, and drops every packet until then. Asking for the device makes it take notice at once since
 // Linux 6.9; older ones are asked until they have.
 func awaitCarrier(h *netlink.Handle, name string) error {
-	for deadline := time.Now().Add(3 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		link, err := h.LinkByName(name)
 		if err != nil {
 			return fmt.Errorf("find %s: %w", name, err)
@@ -291,6 +299,20 @@ func (n *Network) configureEnd(h *netlink.Handle, link netlink.Link, e end) erro
 
 func address(a netip.Addr, bits int) *netlink.Addr {
 	return &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, a.BitLen())}}
+}
+
+// awaitLocal waits until an IPv6 address is routed to the namespace itself. The kernel does that a moment after it added the
+// address; a program that connects to its own address in between looks for it on the wire for seconds.
+func awaitLocal(h *netlink.Handle, addr netip.Addr) error {
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		routes, err := h.RouteGet(addr.AsSlice())
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("address %s is not local yet: %w", addr, errors.Join(err, unix.ETIMEDOUT))
+		}
+	}
 }
 
 // Adopt takes over a slot that an earlier process made, after making sure that it is whole, and puts it back into the host's

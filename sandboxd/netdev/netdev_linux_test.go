@@ -182,6 +182,21 @@ func TestDialStaysInside(t *testing.T) {
 	}
 }
 
+// TestOwnAddressAtOnce: a fresh slot knows its own addresses. The kernel needs a moment to route an IPv6 address to itself, and a
+// dial in that moment lasted three seconds.
+func TestOwnAddressAtOnce(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l)
+	for index := range 8 {
+		slot := acquire(t, n, index)
+		for _, addr := range []netip.Addr{slot.GuestAddr, slot.GuestAddr6, GuestConstant} {
+			if _, err := slot.dialAddr(t.Context(), netip.AddrPortFrom(addr, 3000)); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("dial %s = %v, want ECONNREFUSED", addr, err)
+			}
+		}
+	}
+}
+
 func netAddr(host string, port int) string { return net.JoinHostPort(host, fmt.Sprint(port)) }
 
 // TestInside: what a program finds in a fresh slot.
