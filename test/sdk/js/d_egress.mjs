@@ -5,7 +5,7 @@ import { reach } from './egress.mjs'
 
 const both = 'tcp udp'
 const hosts = ['1.1.1.1', '8.8.8.8', '8.8.4.4', '9.9.9.9']
-const never = ['10.99.0.1', '169.254.169.254', '192.168.77.1', '172.16.5.5']
+const never = ['10.99.0.1', '169.254.169.254', '192.168.99.1', '172.16.99.1', '100.64.99.1']
 const nowhere = Object.fromEntries(never.map((a) => [a, '']))
 
 const cases = [

@@ -5,8 +5,9 @@ import { reach } from './egress.mjs'
 
 const sandbox = await Sandbox.create()
 try {
-  const stream = `http://8.8.8.8:${process.env.LAB_STREAM_PORT}/`
-  await sandbox.commands.run(`curl -sN ${stream} > /tmp/stream; echo ended $? > /tmp/ended`, { background: true })
+  // bash's own TCP client: the stream is bytes without end, no HTTP
+  const transfer = `cat < /dev/tcp/8.8.8.8/${process.env.LAB_STREAM_PORT} > /tmp/stream; echo ended $? > /tmp/ended`
+  await sandbox.commands.run(transfer, { background: true })
   const size = async () => Number((await sandbox.commands.run('stat -c %s /tmp/stream 2>/dev/null || echo 0')).stdout)
   const first = await until('the transfer starts', size)
   await until('the transfer goes on', async () => (await size()) > first)

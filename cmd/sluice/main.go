@@ -1,0 +1,66 @@
+// Command sluice is for people: `sluice dev` runs the whole system on one machine, `sluice key` makes API keys, and
+// `sluice bench` measures the edge against the backend behind it.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/sluice-edge/sluice/internal/config"
+	"github.com/sluice-edge/sluice/internal/daemon"
+)
+
+var version = "dev" // set by the linker
+
+// command is one word after `sluice`.
+type command struct {
+	name, summary string
+	run           func(ctx context.Context, args []string) error
+}
+
+var commands = []command{
+	{"dev", "run edge, node and store in one process on this machine", runDev},
+	{"key", "create, list and remove API keys", runKey},
+	{"bench", "load the edge and the backend behind it alike, and print both", runBench},
+	{"version", "print the version", func(context.Context, []string) error { fmt.Println(version); return nil }},
+}
+
+func main() {
+	daemon.MaybeSandboxInit()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := dispatch(ctx, os.Args[1:]); err != nil && !errors.Is(err, config.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "sluice:", err)
+		os.Exit(1)
+	}
+}
+
+func dispatch(ctx context.Context, args []string) error {
+	if len(args) == 0 {
+		usage(os.Stderr)
+		return errors.New("no command given")
+	}
+	for _, c := range commands {
+		if c.name == args[0] {
+			return c.run(ctx, args[1:])
+		}
+	}
+	if args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
+		usage(os.Stdout)
+		return nil
+	}
+	usage(os.Stderr)
+	return fmt.Errorf("no command %q", args[0])
+}
+
+func usage(out io.Writer) {
+	fmt.Fprintln(out, "usage: sluice COMMAND [flags]   (sluice COMMAND -h lists the flags)")
+	for _, c := range commands {
+		fmt.Fprintf(out, "  %-8s %s\n", c.name, c.summary)
+	}
+}
