@@ -51,8 +51,7 @@ func New(t testing.TB) *Lab {
 	}
 	sweep(deadPrefix)
 	l := &Lab{names: map[string][]netip.Addr{}, closed: make(chan struct{})}
-	pid := strconv.FormatInt(int64(os.Getpid()), 36)
-	l.prefix = "lb" + strings.Repeat("0", 5-len(pid)) + pid + string('a'+rune(serial.Add(1)-1)%26)
+	l.prefix = prefixOf(os.Getpid(), serial.Add(1))
 	t.Cleanup(l.close)
 	if err := l.build(); err != nil {
 		t.Fatalf("build the network laboratory: %v", err)
@@ -218,6 +217,12 @@ func (l *Lab) close() {
 }
 
 const netnsDir = "/run/netns"
+
+// prefixOf is the prefix of laboratory n of a process; deadPrefix reads the process from it.
+func prefixOf(pid int, n int32) string {
+	digits := strconv.FormatInt(int64(pid), 36)
+	return "lb" + strings.Repeat("0", 5-len(digits)) + digits + string('a'+rune(n)%26)
+}
 
 var slotName = regexp.MustCompile(`^(lb([0-9a-z]{5})[a-z])-[0-9]+$`)
 

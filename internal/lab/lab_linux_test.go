@@ -5,11 +5,15 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -133,5 +137,29 @@ func TestCloseEndsPrograms(t *testing.T) {
 			t.Fatal("processes of the laboratory outlived it")
 		}
 		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// TestSweep: what a killed test process left in /run/netns is removed by the next laboratory; what a living one has stays.
+func TestSweep(t *testing.T) {
+	New(t) // or skip
+	dead := exec.Command("true")
+	if err := dead.Run(); err != nil {
+		t.Fatal(err)
+	}
+	stale := filepath.Join(netnsDir, prefixOf(dead.Process.Pid, 1)+"-0")
+	living := filepath.Join(netnsDir, prefixOf(os.Getppid(), 1)+"-0")
+	for _, path := range []string{stale, living} {
+		if err := os.WriteFile(path, nil, 0o444); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Remove(path)
+	}
+	New(t)
+	if _, err := os.Stat(stale); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the remains of a dead process are still there: %v", err)
+	}
+	if _, err := os.Stat(living); err != nil {
+		t.Errorf("a living process lost its slot: %v", err)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -517,5 +518,49 @@ func TestNothingUnasked(t *testing.T) {
 	}
 	if _, err := io.ReadFull(conn, make([]byte, 4)); err != nil {
 		t.Errorf("an update cut the node's own connection: %v", err)
+	}
+}
+
+// TestRootInsideIsPowerless: root of another user namespace, which is what root in a sandbox is, can neither see nor change the
+// rules of the namespace it lives in, nor its devices and routes.
+func TestRootInsideIsPowerless(t *testing.T) {
+	w := newWorld(t)
+	slot := w.slot(6)
+	w.fence(slot, nil, "", "8.8.8.8")
+	for _, command := range []string{
+		"nft flush ruleset",
+		"nft delete table inet sluice",
+		"nft add rule inet sluice outbound accept",
+		"ip link set eth0 down",
+		"ip addr add 10.12.0.1/32 dev eth0",
+		"ip route replace default dev lo",
+		"ip neigh replace 10.12.0.12 lladdr 02:00:00:00:00:01 dev eth0",
+		"conntrack -F",
+		"sysctl -w net.ipv4.ip_forward=1",
+	} {
+		args := strings.Fields(command)
+		if _, err := exec.LookPath(args[0]); err != nil {
+			t.Logf("%s is missing, so it is not tried", args[0])
+			continue
+		}
+		if err := lab.Enter(slot.NetNS, func() {
+			cmd := exec.Command(args[0], args[1:]...)
+			cmd.SysProcAttr = &syscall.SysProcAttr{
+				Cloneflags:  syscall.CLONE_NEWUSER,
+				UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 100000, Size: 1}},
+				GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 100000, Size: 1}},
+			}
+			out, err := cmd.CombinedOutput()
+			if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) {
+				t.Errorf("%s: %v, want it to fail\n%s", command, err, out)
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for addr, want := range map[string]string{"8.8.8.8": "refused", "1.1.1.1": "open", cloudflare6: "open"} {
+		if got := w.reach(slot, "tcp", netip.MustParseAddr(addr)); got != want {
+			t.Errorf("afterwards %s is %s, want %s", addr, got, want)
+		}
 	}
 }

@@ -414,7 +414,7 @@ func (n *Network) Release(_ context.Context, index int) error {
 	}
 	err = errors.Join(
 		inNetNS(n.home, func() error {
-			return errors.Join(n.removeFromTable(p), removeLink(p.hostDev))
+			return errors.Join(n.removeFromTable(p), removeLink(p.hostDev), forgetFlows(p))
 		}),
 		removeNetNS(p.netns),
 	)
@@ -441,6 +441,42 @@ func removeLink(name string) error {
 		return fmt.Errorf("delete device %s: %w", name, err)
 	}
 	return nil
+}
+
+// forgetFlows makes the host forget the flows of a slot that is gone, so that late answers to them find nobody: the next tenant of
+// the slot has the same addresses. Looking costs a walk through the host's table of flows, so it happens once.
+func forgetFlows(p plan) error {
+	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	flows, err := h.ConntrackTableList(netlink.ConntrackTable, unix.AF_UNSPEC)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return fmt.Errorf("list tracked flows: %w", err)
+	}
+	var failed []error
+	forgotten := map[uint8]bool{}
+	for _, flow := range flows {
+		if forgotten[flow.FamilyType] || !flowsOf(p).MatchConntrackFlow(flow) {
+			continue
+		}
+		forgotten[flow.FamilyType] = true
+		_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(flow.FamilyType), flowsOf(p))
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			failed = append(failed, fmt.Errorf("delete tracked flows: %w", err))
+		}
+	}
+	return errors.Join(failed...)
+}
+
+// flowsOf picks the flows that a slot began.
+type flowsOf plan
+
+// MatchConntrackFlow is netlink's filter interface.
+func (p flowsOf) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	src, _ := netip.AddrFromSlice(flow.Forward.SrcIP)
+	return src == p.guest || src == p.guest6
 }
 
 // removeNetNS unmounts until nothing is mounted, because a crash between two attempts can leave one over another.

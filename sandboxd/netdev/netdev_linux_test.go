@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-edge/sluice/internal/lab"
@@ -406,6 +407,55 @@ func TestAdopt(t *testing.T) {
 	}
 	if err := second.Release(t.Context(), 9); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestReleaseForgetsFlows: the next tenant of a slot gets no answers to the questions of the one before.
+func TestReleaseForgetsFlows(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l)
+	tracked := func() (count int) {
+		l.Host.Run(func() {
+			for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+				flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, family)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, flow := range flows {
+					// The answers go on arriving: they begin flows of their own, to the host.
+					if src := netip.MustParseAddr(flow.Forward.SrcIP.String()); DefaultPrefix.Contains(src) || DefaultPrefix6.Contains(src) {
+						count++
+					}
+				}
+			}
+		})
+		return count
+	}
+	slot, other := acquire(t, n, 1), acquire(t, n, 2)
+	for _, at := range []string{"1.1.1.1:9000", "[2606:4700:4700::1111]:9000"} {
+		for _, s := range []*Slot{slot, other} {
+			if err := lab.Enter(s.NetNS, func() {
+				conn, err := net.Dial("udp", at)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				if _, err := io.WriteString(conn, "start"); err != nil { // and the stream goes on
+					t.Fatal(err)
+				}
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if got := tracked(); got != 4 {
+		t.Fatalf("%d flows are tracked, want 4", got)
+	}
+	if err := n.Release(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	if got := tracked(); got != 2 {
+		t.Errorf("%d flows are tracked after the release, want those of the other slot", got)
 	}
 }
 
