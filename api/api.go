@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"reflect"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -85,8 +86,8 @@ func New(opts Options) (http.Handler, error) {
 	if opts.Sandboxes == nil || opts.Keys == nil {
 		return nil, errors.New("api: Options.Sandboxes and Options.Keys are required")
 	}
-	if opts.Tokens == (auth.TokenKey{}) {
-		return nil, errors.New("api: Options.Tokens is required: a zero key would make tokens that anybody can derive")
+	if reflect.ValueOf(opts.Tokens).IsZero() {
+		return nil, errors.New("api: Options.Tokens is required: there are no tokens without a key")
 	}
 	if opts.Nodes != nil && opts.NodeID == "" {
 		return nil, errors.New("api: Options.Nodes needs Options.NodeID")

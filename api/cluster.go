@@ -35,7 +35,7 @@ const (
 	maxPeerBody = 32 << 20
 	// maxPeersAtOnce bounds the nodes asked in parallel for one list.
 	maxPeersAtOnce = 16
-	// placeAttempts bounds the nodes tried for one create; what nodes say about their room is seconds old.
+	// placeAttempts bounds the other nodes tried for one create; what nodes say about their room is seconds old.
 	placeAttempts = 3
 )
 
@@ -155,12 +155,12 @@ func (h *handler) place(w http.ResponseWriter, r *http.Request, body []byte, nex
 	}
 	var last error
 	for i, node := range candidates {
-		if i == placeAttempts {
-			break
-		}
 		if node.ID == h.cluster.self {
 			next.ServeHTTP(w, r)
 			return nil
+		}
+		if i >= placeAttempts {
+			continue
 		}
 		resp, err := h.ask(ctx, &node, r.Method, callOf(ctx).uri, body)
 		if err != nil {

@@ -197,6 +197,9 @@ func TestDeadNode(t *testing.T) {
 	if items := mustDecode[[]gen.ListedSandbox](t, got); len(items) != 2 || got.Header.Get("Sluice-Incomplete") != "1" {
 		t.Errorf("list without node c = %d sandboxes, Sluice-Incomplete %q", len(items), got.Header.Get("Sluice-Incomplete"))
 	}
+	if got := sites["a"].call("GET", "/sandboxes", ""); got.StatusCode != 200 || got.Header.Get("Sluice-Incomplete") != "1" {
+		t.Errorf("v1 list without node c = %d, Sluice-Incomplete %q", got.StatusCode, got.Header.Get("Sluice-Incomplete"))
+	}
 }
 
 // TestRateLimitOfAnotherNode: half a list would look like a whole one to a client that is too fast.

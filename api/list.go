@@ -147,7 +147,10 @@ func (h *handler) ListSandboxes(ctx context.Context, req gen.ListSandboxesReques
 	if err != nil {
 		return nil, err
 	}
-	return gen.ListSandboxes200JSONResponse(answer.items), nil
+	return gen.ListSandboxes200JSONResponse{
+		Body:    answer.items,
+		Headers: gen.ListSandboxes200ResponseHeaders{SluiceIncomplete: optional(answer.missing)},
+	}, nil
 }
 
 // ListSandboxesPaged implements GET /v2/sandboxes.

@@ -114,15 +114,15 @@ func checkMask(mask string) error {
 		}
 	}
 	host = strings.ReplaceAll(host, maskPort, "65535") // the longest it can become
+	if len(host) > 253 {                               // before anything whose time grows faster than the name
+		return invalid
+	}
 	ascii, err := idna.Display.ToASCII(host)
 	if err != nil {
 		return invalid
 	}
-	if !strings.EqualFold(ascii, host) {
+	if !strings.EqualFold(ascii, host) || !isASCII(host) { // EqualFold also takes the long s for an s
 		return errs.New(errs.Invalid, "mask request host must be ASCII only, such as %q for %q", clip(ascii), clip(host))
-	}
-	if len(host) > 253 {
-		return invalid
 	}
 	for label := range strings.SplitSeq(strings.TrimSuffix(host, "."), ".") {
 		if label == "" || len(label) > 63 {
@@ -130,4 +130,13 @@ func checkMask(mask string) error {
 		}
 	}
 	return nil
+}
+
+func isASCII(s string) bool {
+	for i := range len(s) {
+		if s[i] >= 0x80 {
+			return false
+		}
+	}
+	return true
 }

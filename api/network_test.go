@@ -22,7 +22,7 @@ func TestCheckMask(t *testing.T) {
 		"-https://abcd", "https://localhost", "localhost/path", "local host", " localhost", "localhost ", "a_b.de", "a..b", ".a", ".", ":", ":80", ":${PORT}",
 		"localhost:", "localhost:0", "localhost:080", "localhost:65536", "localhost:-1", "localhost:+1", "localhost:http", "localhost:${port}", "localhost:1${PORT}",
 		"localhost:${PORT}0", "localhost:80:80", "localhost:${PORT}:${PORT}", "[::1]:80", "::1", "a\r\nX-Evil: 1", "a\x00", "user@host", "a?b", "a#b", "a%b", "$PORT", "${HOST}",
-		"bücher.de", "ⅷ.de", "xn--a", "xn--", strings.Repeat("a", 64), strings.Repeat("a.", 130), "a\u200bb.de", "\xff",
+		"bücher.de", "\u017f.de", "\u212a.de", "ⅷ.de", "xn--a", "xn--", strings.Repeat("a", 64), strings.Repeat("a.", 130), strings.Repeat("ü", 1<<19), "a\u200bb.de", "\xff",
 	} {
 		if err := checkMask(mask); errs.CodeOf(err) != errs.Invalid {
 			t.Errorf("checkMask(%q) = %v, want Invalid", mask, err)
@@ -31,7 +31,7 @@ func TestCheckMask(t *testing.T) {
 }
 
 func FuzzCheckMask(f *testing.F) {
-	for _, seed := range []string{"localhost:${PORT}", "example.com", "-https://abcd", "bücher.de", "a:1", "${PORT}${PORT}"} {
+	for _, seed := range []string{"localhost:${PORT}", "example.com", "-https://abcd", "bücher.de", "\u017f.de", "\u212a.de", "a:1", "${PORT}${PORT}"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, mask string) {

@@ -1320,15 +1320,25 @@ type ListSandboxesResponseObject interface {
 	VisitListSandboxesResponse(w http.ResponseWriter) error
 }
 
-type ListSandboxes200JSONResponse []ListedSandbox
+type ListSandboxes200ResponseHeaders struct {
+	SluiceIncomplete *int
+}
+
+type ListSandboxes200JSONResponse struct {
+	Body    []ListedSandbox
+	Headers ListSandboxes200ResponseHeaders
+}
 
 func (response ListSandboxes200JSONResponse) VisitListSandboxesResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
-	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json")
+	if response.Headers.SluiceIncomplete != nil {
+		w.Header().Set("Sluice-Incomplete", fmt.Sprint(*response.Headers.SluiceIncomplete))
+	}
 	w.WriteHeader(200)
 	_, err := buf.WriteTo(w)
 	return err
