@@ -37,11 +37,11 @@ type Machine struct {
 	cgroups cgroupHost
 	limits  []string
 	log     *zap.Logger
+	shifts  bool              // owners of the image can be shifted to a sandbox's ids
 	step    func(name string) // tests look in, and die, between the steps
 
 	mu   sync.Mutex // guards view
 	view *view      // of the host; made at the first start that needs it
-	idm  bool
 }
 
 // New finds out what the host can do. It starts nothing and leaves nothing but the shared view in StateDir.
@@ -97,7 +97,7 @@ func New(cfg Config) (*Machine, error) {
 		if err := probeIdmap(probed); err != nil {
 			m.limits = append(m.limits, fmt.Sprintf("owners of %s cannot be shifted (%v): files of the image belong to nobody inside", probed, err))
 		} else {
-			m.idm = true
+			m.shifts = true
 		}
 	}
 	m.log.Warn("sandboxes in namespaces", zap.Strings("limitations", m.limits))
@@ -190,7 +190,7 @@ func (m *Machine) viewFor(spec Spec) (view, error) {
 		if !st.IsDir() {
 			return view{}, errs.New(errs.Invalid, "the template is not a directory")
 		}
-		return view{dir: template, idmap: m.idm}, nil
+		return view{dir: template, idmap: m.shifts}, nil
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -199,7 +199,7 @@ func (m *Machine) viewFor(spec Spec) (view, error) {
 		if err != nil {
 			return view{}, err
 		}
-		v.idmap = m.idm
+		v.idmap = m.shifts
 		m.view = &v
 	}
 	return *m.view, nil

@@ -55,10 +55,10 @@ func TestLimitsAreEnforced(t *testing.T) {
 	if len(m.cgroups.base) < len(controllers) {
 		t.Skipf("this host gives no cgroups with limits: %v", m.Limitations())
 	}
-	b := startBox(t, m)
+	b := startBox(t, m, func(s *Spec) { s.Limits.MemoryMiB = 96 })
 	neighbour := startBox(t, m)
 
-	if r := b.run(0, "self", "hog", "1000"); !strings.Contains(r.Err, "killed") {
+	if r := b.run(0, "self", "hog", "300"); !strings.Contains(r.Err, "killed") {
 		t.Errorf("memory hog: %+v, want it killed", r)
 	}
 	if out := b.sh("echo alive"); out != "alive" {
@@ -204,7 +204,7 @@ func TestStartFailsCleanly(t *testing.T) {
 }
 
 var steps = []string{
-	"dirs", "cgroups", "listening", "stage one", "contained", "cloned", "mounted", "inside", "executed", "answered", "returned", "committed",
+	"dirs", "cgroups", "listening", "stage one", "cloned", "mounted", "contained", "inside", "executed", "answered", "returned", "committed",
 }
 
 // dieAtStep is the daemon of TestKilledAtEveryStep: it starts the sandbox in the environment and kills itself on the way.
@@ -246,6 +246,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 	for _, step := range steps {
 		t.Run(step, func(t *testing.T) {
+			t.Parallel()
 			spec := testSpec(t)
 			spec.ID, spec.Hostname, spec.Limits = "dying", "", Limits{MemoryMiB: 128, Pids: 64}
 			spec.NetNS = makeNetNS(t)

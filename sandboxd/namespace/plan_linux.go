@@ -16,7 +16,7 @@ type Plan struct {
 	Rootless bool
 	UIDBase  uint32
 	Hostname string
-	Cgroups  []string // joined by stage one, so that everything after is born inside
+	Cgroups  []string // joined before the sandbox's first program runs
 	Nofile   uint64
 	DataMiB  int // RLIMIT_DATA when no memory cgroup exists, else zero
 	Nproc    int // RLIMIT_NPROC when no pids cgroup exists, else zero

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"runtime"
+	"strconv"
 	"sync"
 	"syscall"
 
@@ -124,12 +125,6 @@ func stageOne() error {
 	if err != nil {
 		return err
 	}
-	for _, dir := range p.Cgroups {
-		if err := writeFile(dir+"/cgroup.procs", "0"); err != nil {
-			return fmt.Errorf("join cgroup: %w", err)
-		}
-	}
-	report(status{Step: "contained"})
 	if !p.Rootless {
 		if err := enterNetNS(p.NetNS); err != nil {
 			return err
@@ -156,6 +151,8 @@ func stageOne() error {
 	dog.pidfd = pidfd
 	dog.mu.Unlock()
 	report(status{Step: "cloned", PID: child})
+	joined := make(chan error, 1)
+	go joinCgroups(p.Cgroups, child, joined)
 
 	if !p.Rootless {
 		userns, err := unix.Open(fmt.Sprintf("/proc/%d/ns/user", child), unix.O_RDONLY|unix.O_CLOEXEC, 0)
@@ -168,6 +165,10 @@ func stageOne() error {
 		unix.Close(userns)
 		report(status{Step: "mounted"})
 	}
+	if err := <-joined; err != nil {
+		return err
+	}
+	report(status{Step: "contained"})
 	if err := json.NewEncoder(gateWrite).Encode(p); err != nil {
 		return fmt.Errorf("open gate: %w", err)
 	}
@@ -176,6 +177,20 @@ func stageOne() error {
 	unix.Close(fdStatus) // the daemon reads to the end of it: when guestd's execution has closed the other copy
 	unix.Close(fdControl)
 	select {} // the watchdog ends the process
+}
+
+// joinCgroups moves both stages while the mounts are made: in version 1 the kernel waits some fifteen milliseconds for all
+// its processors before a process has moved. Stage two waits at its gate meanwhile, so the sandbox itself begins inside.
+func joinCgroups(dirs []string, child int, joined chan<- error) {
+	for _, dir := range dirs {
+		for _, pid := range []int{child, os.Getpid()} {
+			if err := writeFile(dir+"/cgroup.procs", strconv.Itoa(pid)); err != nil {
+				joined <- fmt.Errorf("join cgroup: %w", err)
+				return
+			}
+		}
+	}
+	joined <- nil
 }
 
 func enterNetNS(path string) error {
