@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -57,6 +58,7 @@ func NewNamespaceMachine(opts NamespaceOptions) (*NamespaceMachine, error) {
 	if len(opts.Resolvers) == 0 {
 		opts.Resolvers = []string{"8.8.8.8", "1.1.1.1"}
 	}
+	opts.Rootless = opts.Rootless || os.Geteuid() != 0
 	opts.Network.NamePrefix = cmp.Or(opts.Network.NamePrefix, "sl")
 	dir, err := filepath.Abs(opts.StateDir)
 	if err != nil {

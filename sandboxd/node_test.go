@@ -27,7 +27,12 @@ type node struct {
 }
 
 func newNode(t *testing.T) *node {
-	n := &node{t: t, host: newFakeHost(), cat: newFakeCatalogue(), dir: t.TempDir()}
+	dir, err := os.MkdirTemp("", "sluice-node-") // t.TempDir is too long for a state directory
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	n := &node{t: t, host: newFakeHost(), cat: newFakeCatalogue(), dir: dir}
 	n.cat.note = n.host.note
 	return n
 }

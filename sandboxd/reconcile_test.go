@@ -2,6 +2,7 @@ package sandboxd
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -74,7 +75,43 @@ func TestCrashAtEveryStep(t *testing.T) {
 	}
 }
 
-// restart stops the manager as if it had crashed, changes the world, and starts another.
+// TestCrashDuringReconcile crashes once more after every step of the removal that a reconcile does.
+func TestCrashDuringReconcile(t *testing.T) {
+	for _, first := range []Step{StepFence, StepStarted, StepHandle, StepCondemned} {
+		for _, second := range removeSteps {
+			t.Run(fmt.Sprintf("%s then %s", first, second), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					image := newNode(t)
+					take := func(n *node, at Step) func(*Manager) {
+						return func(m *Manager) {
+							m.reached = func(s Step) {
+								if s == at {
+									image = n.crash()
+								}
+							}
+						}
+					}
+					n := image
+					n.start(take(n, first))
+					sb := n.create(time.Minute)
+					if err := n.m.Kill(t.Context(), sb.ID); err != nil {
+						t.Fatal(err)
+					}
+					n = image
+					n.start(take(n, second))
+					if n == image {
+						t.Fatalf("reconcile did not reach %s", second)
+					}
+					image.start()
+					image.wantState(sb.ID, "")
+					image.wantNothingLeft()
+				})
+			})
+		}
+	}
+}
+
+// TestReconcile stops a node that keeps its sandboxes, changes the world, and starts another.
 func TestReconcile(t *testing.T) {
 	tests := map[string]struct {
 		meanwhile func(n *node, sb Sandbox)
@@ -229,6 +266,11 @@ func TestStartIsRefused(t *testing.T) {
 			t.Errorf("%s: Create succeeded", what)
 		}
 	}
+	long := newNode(t)
+	if _, err := New(Options{StateDir: strings.Repeat("/long", 20), Machine: fakeMachine{long.host, 1}, Publisher: long.cat}); err == nil {
+		t.Error("New() with a state directory that is too long succeeded")
+	}
+
 	n := newNode(t).start()
 	second := newNode(t)
 	second.dir = n.dir

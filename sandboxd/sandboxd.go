@@ -54,6 +54,9 @@ const (
 	destroyTime     = 30 * time.Second // one attempt to remove a sandbox
 )
 
+// maxStateDir leaves room in a socket's name, which holds 107 bytes, for "/sandboxes/", an ID of 21 bytes and the name of a file.
+const maxStateDir = 60
+
 // Manager owns every sandbox of a node. Its methods are safe for concurrent use; those that change something wait until Run has
 // reconciled, and answer Unavailable once it stops.
 type Manager struct {
@@ -91,6 +94,9 @@ func New(opts Options) (*Manager, error) {
 	dir, err := filepath.Abs(opts.StateDir)
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	if len(dir) > maxStateDir {
+		return nil, fmt.Errorf("state directory %q is longer than %d bytes: sockets in it would not fit", dir, maxStateDir)
 	}
 	opts.StateDir = dir
 	opts.MaxSandboxes = cmp.Or(opts.MaxSandboxes, 100)

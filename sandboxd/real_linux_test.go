@@ -1,0 +1,481 @@
+package sandboxd
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sluice-edge/sluice/sandboxd/namespace"
+	"github.com/sluice-edge/sluice/sandboxd/netdev"
+)
+
+// The tests here run the real machine. A process of its own, in a network namespace of its own, is the node; each crash is another
+// process that is really killed.
+const (
+	envInside = "SLUICE_TEST_INSIDE" // the test runs in its own network namespace
+	envGuestd = "SLUICE_TEST_GUESTD" // the agent's binary
+	envCrash  = "SLUICE_TEST_CRASH"  // a crashing orchestrator: at this step, or "never"
+	envDir    = "SLUICE_TEST_DIR"
+	envPrefix = "SLUICE_TEST_PREFIX"
+	envRoot   = "SLUICE_TEST_ROOTLESS"
+)
+
+func TestMain(m *testing.M) {
+	namespace.MaybeInit()
+	if os.Getenv(envCrash) != "" {
+		if err := crashingOrchestrator(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// inside runs the rest of the test in a network namespace of its own: it returns true there, and false, when that is done, outside.
+func inside(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(envInside) != "" {
+		if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
+			t.Fatalf("ip link set lo up: %v: %s", err, out)
+		}
+		return true
+	}
+	if os.Getuid() != 0 {
+		t.Skip("needs root, to make network namespaces")
+	}
+	for _, tool := range []string{"ip", "nft"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("needs %s: install iproute2 and nftables", tool)
+		}
+	}
+	t.Parallel()
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=100s")
+	cmd.Env = append(os.Environ(), envInside+"=1", envGuestd+"="+buildGuestd(t))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("in its own network namespace: %v\n%s", err, out)
+	}
+	if testing.Verbose() {
+		t.Logf("in its own network namespace:\n%s", out)
+	}
+	return false
+}
+
+func buildGuestd(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "sluice-guestd-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "guestd")
+	cmd := exec.Command("go", "build", "-o", file, "../cmd/guestd")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build guestd: %v: %s", err, out)
+	}
+	return file
+}
+
+// fileCatalogue is a catalogue that outlives the processes that write to it.
+type fileCatalogue struct{ dir string }
+
+func (c fileCatalogue) Publish(_ context.Context, p Published) error {
+	text, err := json.Marshal(p)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(c.dir, p.Sandbox), text, 0o600)
+}
+
+func (c fileCatalogue) Withdraw(_ context.Context, sandbox string, _ uint64) error {
+	return ignoreAbsent(os.Remove(filepath.Join(c.dir, sandbox)))
+}
+
+func (c fileCatalogue) Published(context.Context) ([]Published, error) {
+	entries, err := os.ReadDir(c.dir)
+	var all []Published
+	for _, e := range entries {
+		var p Published
+		text, err := os.ReadFile(filepath.Join(c.dir, e.Name()))
+		if err != nil {
+			return nil, err
+		}
+		if json.Unmarshal(text, &p) == nil { // a crash may have left half of one
+			all = append(all, p)
+		}
+	}
+	return all, err
+}
+
+func (c fileCatalogue) Announce(context.Context, Capacity) error { return nil }
+
+// realNode is what all processes of one test agree on.
+type realNode struct {
+	dir      string // "state" and "routes" are in it
+	prefix   string
+	rootless bool
+}
+
+func (n realNode) manager() (*Manager, error) {
+	machine, err := NewNamespaceMachine(NamespaceOptions{
+		GuestdPath: os.Getenv(envGuestd), StateDir: filepath.Join(n.dir, "state"),
+		Network: netdev.Config{NamePrefix: n.prefix}, Rootless: n.rootless,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return New(Options{
+		StateDir: filepath.Join(n.dir, "state"), Machine: machine, Publisher: fileCatalogue{filepath.Join(n.dir, "routes")},
+	})
+}
+
+// crashingOrchestrator creates a sandbox and kills it, and is killed itself after the step that the environment names.
+func crashingOrchestrator() error {
+	m, err := realNode{os.Getenv(envDir), os.Getenv(envPrefix), os.Getenv(envRoot) == "true"}.manager()
+	if err != nil {
+		return err
+	}
+	die := Step(os.Getenv(envCrash))
+	m.reached = func(s Step) {
+		if s == die {
+			syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- m.Run(ctx) }()
+	select {
+	case <-m.Ready():
+	case err := <-ended:
+		return err
+	}
+	fmt.Println("ready")
+	sb, err := m.Create(ctx, spec(time.Hour))
+	if err != nil {
+		return err
+	}
+	if err := m.Kill(ctx, sb.ID); err != nil {
+		return err
+	}
+	cancel()
+	return <-ended
+}
+
+func newRealNode(t *testing.T) realNode {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "sluice-node-") // the test's own would be too long for a socket's name
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	n := realNode{dir: dir, prefix: fmt.Sprintf("sx%05d", rand.N(100000))}
+	for _, sub := range []string{"state", "routes"} {
+		if err := os.Mkdir(filepath.Join(n.dir, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return n
+}
+
+// crash runs an orchestrator until it is killed, at a step or, with step "never", after a while.
+func (n realNode) crash(t *testing.T, step Step, after time.Duration) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), envCrash+"="+string(step), envDir+"="+n.dir, envPrefix+"="+n.prefix, fmt.Sprintf("%s=%v", envRoot, n.rootless))
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "ready\n" {
+		cmd.Wait()
+		t.Fatalf("orchestrator said %q, %v; %s", line, err, &stderr)
+	}
+	if step == "never" {
+		time.Sleep(after)
+		cmd.Process.Kill()
+	}
+	err = cmd.Wait()
+	killed := cmd.ProcessState.Sys().(syscall.WaitStatus).Signaled()
+	if !killed && (step != "never" || err != nil) {
+		t.Fatalf("orchestrator ended with %v before it was killed; %s", err, &stderr)
+	}
+}
+
+// recover starts an orchestrator on what the crash left, checks the sandboxes that survived, kills them, stops, and looks for
+// anything that is left. It returns how many survived.
+func (n realNode) recover(t *testing.T) int {
+	t.Helper()
+	m, err := n.manager()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- m.Run(ctx) }()
+	select {
+	case <-m.Ready():
+	case err := <-ended:
+		t.Fatalf("Run() = %v", err)
+	}
+	ids := n.ids(t)
+	alive := m.List()
+	if len(alive) != len(ids) {
+		t.Errorf("%d sandboxes of %d directories run after the restart", len(alive), len(ids))
+	}
+	routes, err := m.publisher.Published(ctx)
+	if err != nil || len(routes) != len(alive) {
+		t.Errorf("%d routes, %v, want one for each of %d sandboxes", len(routes), err, len(alive))
+	}
+	for _, sb := range alive {
+		wantHealthy(t, m, sb)
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("Run() = %v", err)
+	}
+	if left := n.leftovers(t, append(ids, n.prefix, n.dir)); len(left) > 0 {
+		t.Errorf("left after recovery:\n%s", strings.Join(left, "\n"))
+	}
+	return len(alive)
+}
+
+// wantHealthy asks envd in the sandbox, the way an edge would.
+func wantHealthy(t *testing.T, m *Manager, sb Sandbox) {
+	t.Helper()
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return m.Open(ctx, sb.ID, sb.Generation, 49983)
+		},
+	}}
+	answer, err := client.Get("http://sandbox/health")
+	if err != nil {
+		t.Errorf("envd of %s: %v", sb.ID, err)
+		return
+	}
+	answer.Body.Close()
+	if answer.StatusCode != http.StatusNoContent {
+		t.Errorf("envd of %s: %s", sb.ID, answer.Status)
+	}
+}
+
+func (n realNode) ids(t *testing.T) (ids []string) {
+	t.Helper()
+	entries, err := os.ReadDir(filepath.Join(n.dir, "state", "sandboxes"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		ids = append(ids, e.Name())
+	}
+	return ids
+}
+
+// leftovers looks everywhere on the host for anything that bears one of the names.
+func (n realNode) leftovers(t *testing.T, names []string) (left []string) {
+	t.Helper()
+	named := func(kind, text string) {
+		if slices.ContainsFunc(names, func(name string) bool { return strings.Contains(text, name) }) {
+			left = append(left, kind+": "+strings.TrimSpace(text))
+		}
+	}
+	for _, id := range n.ids(t) {
+		left = append(left, "directory: "+id)
+	}
+	routes, err := os.ReadDir(filepath.Join(n.dir, "routes"))
+	for _, r := range routes {
+		left = append(left, "route: "+r.Name())
+	}
+	mounts, err2 := os.ReadFile("/proc/self/mountinfo")
+	for line := range strings.Lines(string(mounts)) {
+		named("mount", line)
+	}
+	namespaces, err3 := os.ReadDir("/run/netns")
+	for _, ns := range namespaces {
+		named("network namespace", ns.Name())
+	}
+	links, err4 := exec.Command("ip", "-o", "link").Output()
+	for line := range strings.Lines(string(links)) {
+		named("device", line)
+	}
+	tables, err5 := exec.Command("nft", "list", "ruleset").Output()
+	for line := range strings.Lines(string(tables)) {
+		named("nftables", line)
+	}
+	err6 := filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			named("cgroup", path)
+		}
+		return nil // others come and go
+	})
+	if err := cmp.Or(err, err2, err3, err4, err5, err6); err != nil {
+		t.Error(err)
+	}
+	procs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, proc := range procs {
+		if filepath.Base(proc) == fmt.Sprint(os.Getpid()) || filepath.Base(proc) == fmt.Sprint(os.Getppid()) {
+			continue
+		}
+		for _, file := range []string{"mountinfo", "cgroup", "cmdline", "environ"} {
+			text, err := os.ReadFile(filepath.Join(proc, file))
+			if err != nil {
+				continue
+			}
+			before := len(left)
+			named("process "+proc+" in "+file, string(text))
+			if len(left) > before {
+				left[before] = fmt.Sprintf("process %s, by its %s", proc, file)
+				break
+			}
+		}
+	}
+	return left
+}
+
+// TestKilledAtEveryStep kills an orchestrator with the real machine after every step of create and of removal.
+func TestKilledAtEveryStep(t *testing.T) {
+	if inside(t) {
+		killAtEveryStep(t, false)
+	}
+}
+
+// TestRootlessKilledAtEveryStep is the same for the machine without a network.
+func TestRootlessKilledAtEveryStep(t *testing.T) {
+	if inside(t) {
+		killAtEveryStep(t, true)
+	}
+}
+
+func killAtEveryStep(t *testing.T, rootless bool) {
+	n := newRealNode(t)
+	n.rootless = rootless
+	for _, step := range slices.Concat(createSteps, removeSteps) {
+		if rootless && (step == StepNetwork || step == StepFence || step == StepUnwired) {
+			continue // it has no network
+		}
+		t.Run(string(step), func(t *testing.T) {
+			n.crash(t, step, 0)
+			want := 0
+			if step == StepCommitted || step == StepPublished || step == StepWithdrawn {
+				want = 1
+			}
+			if got := n.recover(t); got != want {
+				t.Errorf("%d sandboxes survived, want %d", got, want)
+			}
+		})
+	}
+}
+
+// TestKilledAnywhere kills it at moments that no step names.
+func TestKilledAnywhere(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	n := newRealNode(t)
+	for range 12 {
+		n.crash(t, "never", rand.N(250*time.Millisecond))
+		n.recover(t)
+	}
+}
+
+// TestNamespaceMachine is one sandbox of the real machine from create to kill, as the link, the API and the guest see it.
+func TestNamespaceMachine(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	n := newRealNode(t)
+	m, err := n.manager()
+	if err != nil {
+		t.Fatal(err)
+	}
+	liveOnce(t, n, m)
+}
+
+// TestRootlessMachine is the same without any privilege on the host but that of the machine's own user namespaces.
+func TestRootlessMachine(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	n := newRealNode(t)
+	n.rootless = true
+	m, err := n.manager()
+	if err != nil {
+		t.Fatal(err)
+	}
+	liveOnce(t, n, m)
+}
+
+func liveOnce(t *testing.T, n realNode, m *Manager) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- m.Run(ctx) }()
+	sb, err := m.Create(ctx, spec(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantHealthy(t, m, sb) // at once
+	if _, err := m.Open(ctx, sb.ID, sb.Generation, 3000); err == nil {
+		t.Error("Open of a closed port succeeded")
+	}
+	no := false
+	if err := m.UpdateNetwork(ctx, sb.ID, Network{AllowInternetAccess: &no, AllowOut: []string{"1.1.1.1"}}); err != nil {
+		t.Errorf("UpdateNetwork() = %v", err)
+	}
+	m.sample(m.lives[sb.ID], m.instanceOf(m.lives[sb.ID]))
+	if got, err := m.Metrics(ctx, sb.ID); err != nil || len(got) != 1 || got[0].CPUCount == 0 || got[0].MemTotal == 0 {
+		t.Errorf("Metrics() = %+v, %v", got, err)
+	}
+	if _, err := m.Refusals(sb.ID); err != nil {
+		t.Errorf("Refusals() = %v", err)
+	}
+	conn, err := m.Open(ctx, sb.ID, sb.Generation, 49983)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := m.Kill(ctx, sb.ID); err != nil {
+		t.Errorf("Kill() = %v", err)
+	}
+	conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if _, err := io.ReadAll(conn); err != nil && os.IsTimeout(err) {
+		t.Error("a connection into the sandbox outlived it")
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("Run() = %v", err)
+	}
+	if left := n.leftovers(t, []string{sb.ID, n.prefix, n.dir}); len(left) > 0 {
+		t.Errorf("left:\n%s", strings.Join(left, "\n"))
+	}
+}
