@@ -2,6 +2,7 @@ package routing
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -100,11 +101,12 @@ func (c *nodeCache) changed(id string) {
 
 // lost starts the grace of all leases that are known; the first Lost of a watcher, its start, gives none.
 func (c *nodeCache) lost(grace bool) {
+	c.mu.Lock()
 	if grace {
-		c.mu.Lock()
 		c.graceUntil = time.Since(c.table.base) + leaseGrace
-		c.mu.Unlock()
 	}
+	c.flight = nil // it may hang in a connection that is gone
+	c.mu.Unlock()
 	c.readSoon()
 }
 
@@ -203,17 +205,21 @@ func (c *nodeCache) load(ctx context.Context, f *nodeFlight) {
 	nodes, err := c.table.store.Nodes(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.flight = nil
+	if c.flight == f {
+		c.flight = nil
+	}
 	if err != nil {
 		f.err = err
 		c.table.stats.loadErrors.Inc()
 		c.table.markDown()
-		for id := range changed {
-			c.changedIDs[id] = struct{}{}
-		}
+		maps.Copy(c.changedIDs, changed)
 		return
 	}
 	c.table.downUntil.Store(0)
+	if was := c.view.Load(); was != nil && was.asOf > f.startedAt {
+		maps.Copy(c.changedIDs, changed)
+		return // a read that was sent off later was quicker
+	}
 	c.view.Store(c.nextViewLocked(f.startedAt, nodes, changed))
 }
 

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/hashicorp/golang-lru/v2/simplelru"
@@ -231,7 +232,7 @@ func (t *Table) Resolve(ctx context.Context, sandbox []byte, client netip.Addr) 
 	now := clock.Sub(t.base)
 	s := t.shard(sandbox)
 	s.mu.Lock()
-	e, known := s.routes.Get(string(sandbox))
+	e, known := s.routes.Get(peekString(sandbox))
 	s.mu.Unlock()
 	if !known {
 		return t.resolveUnknown(ctx, s, sandbox, client, now)
@@ -271,18 +272,24 @@ func (t *Table) resolveUnknown(ctx context.Context, s *shard, sandbox []byte, cl
 		return nil, errAbsent
 	}
 	s.mu.Lock()
-	gone, ok := s.absent.Get(string(sandbox))
+	gone, ok := s.absent.Get(peekString(sandbox))
 	s.mu.Unlock()
 	if ok && gone.epoch == t.health.Load().epoch && now < gone.until {
 		t.stats.absent.Inc()
 		return nil, errAbsent
 	}
-	if !t.clients.take(client, now) {
-		t.stats.limited.Inc()
-		return nil, errLimited
+	name := string(sandbox)
+	f := t.join(s, name)
+	pays := f == nil // whoever waits with another costs the store nothing
+	if pays {
+		if !t.clients.take(client, now) {
+			t.stats.limited.Inc()
+			return nil, errLimited
+		}
+		f = t.fly(ctx, s, name, now)
 	}
-	e, err := t.await(ctx, t.fly(ctx, s, string(sandbox), now), t.opts.LoadTimeout)
-	if err == nil || errs.CodeOf(err) == errs.Unavailable {
+	e, err := t.await(ctx, f, t.opts.LoadTimeout)
+	if pays && (err == nil || errs.CodeOf(err) == errs.Unavailable) {
 		t.clients.giveBack(client) // but not to one who hung up: the store was asked all the same
 	}
 	if err != nil {
@@ -328,6 +335,17 @@ func (t *Table) storeDown() bool { return t.downUntil.Load() != 0 }
 func (t *Table) mayProbe(now time.Duration) bool {
 	until := t.downUntil.Load()
 	return until == 0 || int64(now) >= until && t.downUntil.CompareAndSwap(until, int64(now+probeInterval))
+}
+
+// join returns the read in flight for a sandbox, or nil. One that was sent off before a loss is not worth waiting for.
+func (t *Table) join(s *shard, sandbox string) *flight {
+	epoch := t.health.Load().epoch
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f := s.flights[sandbox]; f != nil && f.epoch == epoch {
+		return f
+	}
+	return nil
 }
 
 // fly returns the read in flight for a sandbox, or starts one. Nil means that too many are in flight.
@@ -460,6 +478,10 @@ func (t *Table) PickNode(ctx context.Context) (*Node, error) {
 func (t *Table) shard(sandbox []byte) *shard {
 	return &t.shards[maphash.Bytes(t.seed, sandbox)%shardCount]
 }
+
+// peekString reads bytes as a string for one look into a map, which keeps no key that it only compares with. The conversion
+// would allocate for names beyond 32 bytes, and a scanner chooses how long its names are.
+func peekString(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
 // tableStats are the Table's counters: one per way a Resolve can end, and what happened behind them.
 type tableStats struct {
