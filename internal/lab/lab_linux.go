@@ -155,7 +155,8 @@ func (l *Lab) cableInternet() error {
 		local = append(local, netip.PrefixFrom(addr, addr.BitLen()))
 	}
 	for _, p := range local {
-		route := &netlink.Route{LinkIndex: lo.Attrs().Index, Dst: ipNet(p), Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST}
+		route := &netlink.Route{LinkIndex: lo.Attrs().Index, Dst: ipNet(p),
+			Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST}
 		if err := netlink.RouteReplace(route); err != nil {
 			return fmt.Errorf("make %s local: %w", p, err)
 		}

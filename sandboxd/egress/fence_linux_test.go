@@ -117,7 +117,8 @@ func (w *world) reachWithin(slot *netdev.Slot, network string, to netip.Addr, pa
 		return "open"
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return "silent"
-	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EPERM), errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EHOSTUNREACH):
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EPERM), errors.Is(err, syscall.EACCES),
+		errors.Is(err, syscall.EHOSTUNREACH):
 		return "refused"
 	}
 	return err.Error()
@@ -300,7 +301,8 @@ func TestSpoofedSourceStays(t *testing.T) {
 		defer unix.Close(fd)
 		host := [8]byte{0x02, 'S', 'L', 0, 0, 3}
 		wire := func(proto uint16, packet []byte) {
-			if err := unix.Sendto(fd, packet, 0, &unix.SockaddrLinklayer{Ifindex: eth0.Index, Protocol: proto<<8 | proto>>8, Halen: 6, Addr: host}); err != nil {
+			to := &unix.SockaddrLinklayer{Ifindex: eth0.Index, Protocol: proto<<8 | proto>>8, Halen: 6, Addr: host}
+			if err := unix.Sendto(fd, packet, 0, to); err != nil {
 				t.Errorf("send: %v", err)
 			}
 		}
@@ -364,11 +366,12 @@ func TestUpdateCuts(t *testing.T) {
 			w := &world{T: t, lab: w.lab, network: w.network}
 			w.fence(slot, nil, "", "")
 			at := func(port uint16) string { return netip.AddrPortFrom(netip.MustParseAddr(peer), port).String() }
-			download := w.transfer(slot, "tcp", at(lab.PortStream), io.Discard.(io.ReaderFrom).ReadFrom)
+			read := io.Discard.(io.ReaderFrom).ReadFrom
+			download := w.transfer(slot, "tcp", at(lab.PortStream), read)
 			upload := w.transfer(slot, "tcp", at(lab.PortSink), nil)
-			stream := w.transfer(slot, "udp", at(lab.PortStream), io.Discard.(io.ReaderFrom).ReadFrom)
+			stream := w.transfer(slot, "udp", at(lab.PortStream), read)
 			pour := w.transfer(slot, "udp", at(lab.PortSink), nil)
-			other := w.transfer(slot, "tcp", netip.AddrPortFrom(netip.MustParseAddr("1.1.1.1"), lab.PortStream).String(), io.Discard.(io.ReaderFrom).ReadFrom)
+			other := w.transfer(slot, "tcp", fmt.Sprintf("1.1.1.1:%d", lab.PortStream), read)
 			flows := []*flow{download, upload, stream, pour}
 			for _, f := range append(flows, other) {
 				f.mustMove(t)

@@ -125,7 +125,8 @@ func TestApplyTransitions(t *testing.T) {
 	pick := func() (list []string) {
 		for range random.IntN(12) {
 			bits := []int{0, 1, 8, 9, 16, 23, 24, 25, 30, 31, 32}[random.IntN(11)]
-			list = append(list, fmt.Sprintf("%d.%d.%d.%d/%d", 1+random.IntN(2)*254, random.IntN(2)*255, random.IntN(3), random.IntN(4), max(bits, 8)))
+			list = append(list, fmt.Sprintf("%d.%d.%d.%d/%d",
+				1+random.IntN(2)*254, random.IntN(2)*255, random.IntN(3), random.IntN(4), max(bits, 8)))
 			list = append(list, fmt.Sprintf("26%02x:%x::/%d", random.IntN(3), random.IntN(4), 20+random.IntN(20)))
 			if bits == 0 {
 				list = append(list, "0.0.0.0/0")

@@ -40,6 +40,9 @@ func New(cfg Config) (*Network, error) {
 		return nil, err
 	}
 	_, err = os.Stat("/proc/sys/net/ipv6")
+	if err != nil {
+		cfg.Log.Warn("no ipv6 in this kernel: slots have ipv4 only")
+	}
 	return &Network{cfg: cfg, home: home, ipv6: err == nil, slots: map[int]*Slot{}}, nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -99,7 +100,9 @@ func TestDialTCP(t *testing.T) {
 	listen(t, slot, "tcp6", netAddr(slot.GuestAddr6.String(), 3004), "own six")
 	listen(t, slot, "tcp4", netAddr(GuestConstant.String(), 3005), "constant")
 	listen(t, other, "tcp4", "127.0.0.1:3000", "the other")
-	for port, want := range map[uint16]string{3000: "loopback", 3001: "loopback six", 3002: "everywhere", 3003: "own", 3004: "own six", 3005: "constant"} {
+	for port, want := range map[uint16]string{
+		3000: "loopback", 3001: "loopback six", 3002: "everywhere", 3003: "own", 3004: "own six", 3005: "constant",
+	} {
 		conn, err := slot.DialTCP(t.Context(), port)
 		if err != nil {
 			t.Errorf("port %d: %v", port, err)
@@ -180,6 +183,33 @@ func TestDialStaysInside(t *testing.T) {
 		if ns, err := os.Readlink(task); err == nil && ns != home {
 			t.Errorf("thread %s is in %s, the process in %s", task, ns, home)
 		}
+	}
+}
+
+// TestManyAtOnce: slots come and go side by side without disturbing one another.
+func TestManyAtOnce(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l)
+	before := snapshot(t, l, n)
+	var wg sync.WaitGroup
+	for index := range 12 {
+		wg.Go(func() {
+			slot, err := n.Acquire(t.Context(), index)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if _, err := slot.DialTCP(t.Context(), 3000); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("dial in slot %d: %v, want ECONNREFUSED", index, err)
+			}
+			if err := n.Release(t.Context(), index); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if after := snapshot(t, l, n); after != before {
+		t.Errorf("there was\n%s\nand now is\n%s", before, after)
 	}
 }
 

@@ -108,6 +108,7 @@ func (n *Network) enableForwarding() error {
 		if err := writeSysctls([]sysctl{{path: f.path, value: "1"}}); err != nil {
 			return err
 		}
+		n.cfg.Log.Info("forwarding enabled")
 	}
 	return nil
 }
