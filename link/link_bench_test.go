@@ -5,6 +5,8 @@ import (
 	"io"
 	"net"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // The same stream with and without us, spliced and through user space: the ratios are the result.
@@ -83,28 +85,47 @@ func plainRelayTo(b *testing.B, guest string, user bool) net.Conn {
 	return c
 }
 
+// reportCPU adds what the whole process spent per operation, both peers included. Unlike the time, it means the same on
+// a busy machine.
+func reportCPU(b *testing.B, run func()) {
+	spent := func() int64 {
+		var u unix.Rusage
+		if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+			b.Fatal(err)
+		}
+		return u.Utime.Nano() + u.Stime.Nano()
+	}
+	before := spent()
+	run()
+	b.ReportMetric(float64(spent()-before)/float64(b.N), "cpu-ns/op")
+}
+
 func benchmarkStream(b *testing.B, dial func(*testing.B) net.Conn) {
 	c := dial(b)
 	chunk := make([]byte, 256<<10)
 	b.SetBytes(int64(len(chunk)))
-	for b.Loop() {
-		if _, err := c.Write(chunk); err != nil {
-			b.Fatal(err)
+	reportCPU(b, func() {
+		for b.Loop() {
+			if _, err := c.Write(chunk); err != nil {
+				b.Fatal(err)
+			}
 		}
-	}
+	})
 	_ = c.Close()
 }
 
 func benchmarkEcho(b *testing.B, c net.Conn) {
 	msg := make([]byte, 1024)
-	for b.Loop() {
-		if _, err := c.Write(msg); err != nil {
-			b.Fatal(err)
+	reportCPU(b, func() {
+		for b.Loop() {
+			if _, err := c.Write(msg); err != nil {
+				b.Fatal(err)
+			}
+			if _, err := io.ReadFull(c, msg); err != nil {
+				b.Fatal(err)
+			}
 		}
-		if _, err := io.ReadFull(c, msg); err != nil {
-			b.Fatal(err)
-		}
-	}
+	})
 }
 
 // One short exchange per connection, with a dial each and with the pool.
@@ -124,19 +145,21 @@ func BenchmarkExchangePooled(b *testing.B) {
 func benchmarkExchange(b *testing.B, target Target, pool *Pool, done func(*Conn)) {
 	msg := make([]byte, 64)
 	b.ReportAllocs()
-	for b.Loop() {
-		c, err := pool.Get(context.Background(), target)
-		if err != nil {
-			b.Fatal(err)
+	reportCPU(b, func() {
+		for b.Loop() {
+			c, err := pool.Get(context.Background(), target)
+			if err != nil {
+				b.Fatal(err)
+			}
+			if _, err := c.Write(msg); err != nil {
+				b.Fatal(err)
+			}
+			if _, err := io.ReadFull(c, msg); err != nil {
+				b.Fatal(err)
+			}
+			done(c)
 		}
-		if _, err := c.Write(msg); err != nil {
-			b.Fatal(err)
-		}
-		if _, err := io.ReadFull(c, msg); err != nil {
-			b.Fatal(err)
-		}
-		done(c)
-	}
+	})
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "exchanges/s")
 }
 
