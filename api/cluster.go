@@ -135,8 +135,8 @@ func relay(w http.ResponseWriter, resp *http.Response) error {
 		}
 	}
 	w.WriteHeader(resp.StatusCode)
-	if _, err := io.Copy(w, io.LimitReader(resp.Body, maxPeerBody)); err != nil {
-		return fmt.Errorf("relay an answer: %w", err)
+	if _, err := io.Copy(w, resp.Body); err != nil {
+		return &errs.Error{Code: errs.Unavailable, Msg: "The node of the sandbox does not answer", Err: fmt.Errorf("relay an answer: %w", err)}
 	}
 	return nil
 }

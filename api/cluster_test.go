@@ -3,6 +3,7 @@ package api
 import (
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net"
 	"net/http"
@@ -130,9 +131,7 @@ func TestListOfSeveralNodes(t *testing.T) {
 	shared.nodes[2].Draining = true // takes no new ones, but has some
 	var all []string
 	for i, name := range []string{"a", "b", "c", "b", "a"} {
-		for _, id := range fill(sites[name].boxes, 6+i) { // the same starting times on all nodes
-			all = append(all, id)
-		}
+		all = append(all, fill(sites[name].boxes, 6+i)...) // the same starting times on all nodes
 	}
 	slices.Sort(all)
 	all = slices.Compact(all)
@@ -325,6 +324,34 @@ func TestNoSecondCreate(t *testing.T) {
 	got := sites["a"].call("POST", "/v2/sandboxes", `{"templateID": "base"}`)
 	if got.message() != "503 Failed to place sandbox: the node does not answer" || sites["a"].boxes.made != 0 {
 		t.Errorf("create = %s and %d made here, want an error and none", got.message(), sites["a"].boxes.made)
+	}
+}
+
+// TestHalfAnAnswerIsNoAnswer: a client must notice when the other node breaks off in the middle.
+func TestHalfAnAnswerIsNoAnswer(t *testing.T) {
+	_, shared := newCluster(t, nil, "a")
+	half := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write([]byte(`{"sandboxID":`))
+		_ = http.NewResponseController(w).Flush()
+		panic(http.ErrAbortHandler)
+	}))
+	defer half.Close()
+	shared.nodes = append(shared.nodes, routing.Node{ID: "z", APIAddr: half.Listener.Addr().String()})
+	shared.routes["zx"] = "z"
+	req, err := http.NewRequestWithContext(t.Context(), "GET", "http://"+shared.nodes[0].APIAddr+"/sandboxes/zx", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-API-Key", keyA)
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	resp, err := client.Do(req)
+	if err != nil {
+		return // it broke before the header was out, which is as good
+	}
+	defer resp.Body.Close()
+	if body, err := io.ReadAll(resp.Body); err == nil {
+		t.Errorf("half an answer looks whole: %d %q", resp.StatusCode, body)
 	}
 }
 

@@ -79,7 +79,7 @@ func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) 
 	f := failureOf(err)
 	h.logFailure(r, f, err)
 	if rec, ok := w.(*recorder); ok && rec.status != 0 {
-		return // the answer has begun, and what is missing of it the client will notice by its length
+		panic(http.ErrAbortHandler) // the answer has begun: a reset is the only honest end
 	}
 	body := gen.Error{Code: int32(f.status), Message: f.msg}
 	if f.errorCode != "" {
