@@ -1,6 +1,19 @@
 // Program b: a private sandbox is reached with its token only; a person's browser gets a page.
+import https from 'node:https'
 import { Sandbox } from '@e2b/code-interpreter'
 import { answering, assert, get, saw } from './check.mjs'
+
+/** Opens a page as a person's browser does. Not with fetch: that always says sec-fetch-mode: cors, as scripts do. */
+function navigate(url) {
+  const headers = { 'user-agent': 'Mozilla/5.0 (X11; Linux x86_64) Firefox/140.0', accept: 'text/html', 'sec-fetch-mode': 'navigate' }
+  return new Promise((resolve, reject) => {
+    https.get(url, { headers }, async (answer) => {
+      let text = ''
+      for await (const chunk of answer) text += chunk
+      resolve({ status: answer.statusCode, type: answer.headers['content-type'], text })
+    }).on('error', reject)
+  })
+}
 
 const sandbox = await Sandbox.create({ network: { allowPublicTraffic: false } })
 try {
@@ -20,7 +33,7 @@ try {
   assert.match(JSON.parse(wrong.text).message, /is invalid/)
   saw('wrong token', wrong.text)
 
-  const page = await get(url, { headers: { 'user-agent': 'Mozilla/5.0 (X11; Linux x86_64) Firefox/140.0', accept: 'text/html', 'sec-fetch-mode': 'navigate' } })
+  const page = await navigate(url)
   assert.equal(page.status, 403)
   assert.match(page.type, /^text\/html/)
   assert.match(page.text, /Missing Traffic Access Token/)
