@@ -100,7 +100,6 @@ func (m *Manager) bury(l *life) {
 	if l.buryErr == nil {
 		close(l.buried)
 	}
-	close(l.gone)
 }
 
 // remove takes the steps of removal in their order. Each is idempotent.

@@ -40,7 +40,6 @@ type life struct {
 	cancel     context.CancelFunc
 
 	buried chan struct{} // closed after the first attempt to remove it; buryErr is what came of that
-	gone   chan struct{} // closed when nothing of it is left on the node
 
 	// Guarded by Manager.mu.
 	rec      record
@@ -65,7 +64,6 @@ func newLife(rec record, place Place, log *zap.Logger) *life {
 		ctx:        ctx,
 		cancel:     cancel,
 		buried:     make(chan struct{}),
-		gone:       make(chan struct{}),
 		rec:        rec,
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -433,6 +434,33 @@ func TestRootlessMachine(t *testing.T) {
 		t.Fatal(err)
 	}
 	liveOnce(t, n, m)
+}
+
+// TestMachines runs the suite of machines over the real ones.
+func TestMachines(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	for name, rootless := range map[string]bool{"root": false, "rootless": true} {
+		t.Run(name, func(t *testing.T) {
+			n := newRealNode(t)
+			n.rootless = rootless
+			m, err := n.manager()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Mkdir(filepath.Join(n.dir, "isuite"), 0o711); err != nil {
+				t.Fatal(err)
+			}
+			testMachine(t, m.machine, n.dir)
+			if err := errors.Join(os.Mkdir(filepath.Join(n.dir, "state", "sandboxes"), 0o711), os.RemoveAll(filepath.Join(n.dir, "ihalf"))); err != nil {
+				t.Fatal(err)
+			}
+			if left := n.leftovers(t, []string{n.prefix, n.dir}); len(left) > 0 {
+				t.Errorf("left:\n%s", strings.Join(left, "\n"))
+			}
+		})
+	}
 }
 
 func liveOnce(t *testing.T, n realNode, m *Manager) {

@@ -65,13 +65,16 @@ func routeOf(sb Sandbox) Published {
 func (m *Manager) keepRoutes(ctx context.Context) error {
 	timer := time.NewTimer(routesRetry)
 	defer timer.Stop()
-	failing := false
+	failing, soon := false, true
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-m.misrouted:
-			timer.Reset(routesRetry)
+			if !soon { // never postpone: while the catalogue is down, every write pokes us
+				soon = true
+				timer.Reset(routesRetry)
+			}
 			continue
 		case <-timer.C:
 		}
@@ -83,6 +86,7 @@ func (m *Manager) keepRoutes(ctx context.Context) error {
 			m.log.Info("catalogue agrees with this node again")
 		}
 		failing = err != nil
+		soon = failing
 		if failing {
 			timer.Reset(routesRetry)
 			continue
