@@ -193,6 +193,7 @@ func openFault(err error, api bool) *fault {
 
 // fail ends a request that has no answer, or not the whole of one, and reports whether the connection can go on.
 func (h *Handler) fail(c *clientConn, x *exchange, err error) (keep bool) {
+	_, _ = x.finishBody(0) // from here on nobody else reads from the client
 	f := faultOf(err, x)
 	if c.isGone() && f.reason != ReasonPanic {
 		f.reason = ReasonClientGone // whatever it looked like from here

@@ -719,6 +719,27 @@ func TestEarlyAnswer(t *testing.T) {
 	c.expectEOF()
 }
 
+// A sandbox that answers, keeps its connection open and never reads the body does not hold the client.
+func TestEarlyAnswerWithoutReading(t *testing.T) {
+	hold := make(chan struct{})
+	defer close(hold)
+	b := scripted(t, func(b *backend, c *rawConn, _ int) {
+		b.head(c)
+		c.write("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		<-hold
+	})
+	e := edgeWith(t, b)
+	for name, framing := range map[string]string{"length": "Content-Length: 100000000\r\n\r\n", "chunked": "Transfer-Encoding: chunked\r\n\r\n5f5e100\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			c := e.connect(t)
+			c.write("POST / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\n" + framing)
+			go func() { _, _ = io.Copy(c.Conn, pattern{}) }()
+			c.expect("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+			_, _ = io.ReadAll(c.br) // it ends, in whichever way
+		})
+	}
+}
+
 func TestBodyTimeout(t *testing.T) {
 	b := echoHead(t)
 	e := edgeWith(t, b, func(o *Options) { o.Limits.Body = 50 * time.Millisecond })

@@ -90,7 +90,7 @@ type Limits struct {
 	// Drain is how long Serve waits at its end for requests under way; 15s.
 	Drain time.Duration
 
-	// Dial bounds a new connection to a sandbox; 10s. A port that is closed says so at once: this is for a node that is gone.
+	// Dial bounds a new connection to a node's API when Options.API is nil; 10s. The link has its own bound for sandboxes.
 	Dial time.Duration
 
 	// Conns bounds connections in all; 65536, at about 10 KiB each when idle.

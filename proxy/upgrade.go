@@ -41,10 +41,10 @@ func (x *exchange) upgrade() error {
 		c.r = c.w
 	}
 	x.sending = true
-	x.lastPart.Store(true) // it ends by itself, and finishBody waits for it
+	x.lastPart.Store(true) // it ends by itself
 	go x.tunnelIn()
 	err := x.tunnelHalf(c.Conn, x.up.NetConn())
-	if _, inErr := x.finishBody(); err == nil {
+	if _, inErr := x.finishBody(-1); err == nil {
 		err = inErr
 	}
 	if err != nil {

@@ -19,6 +19,10 @@ const (
 	// maxInterim bounds the 1xx answers before the real one, so that a sandbox cannot keep us reading them for ever.
 	maxInterim = 32
 
+	// lastPartPatience is how long the last piece of a request's body may take to be written once the answer is complete. It
+	// is nearly always written already; the goroutine that wrote it has yet to say so.
+	lastPartPatience = 250 * time.Millisecond
+
 	// spliceFrom is how much of a body must be left for the kernel to move it: a pipe has its price.
 	spliceFrom = 64 << 10
 )
@@ -323,31 +327,40 @@ func (x *exchange) sendChunks() error {
 	}
 }
 
-// finishBody waits for the body's goroutine and reports whether the whole body went out. A body that the answer did not
-// wait for is given up.
-func (x *exchange) finishBody() (complete bool, err error) {
+// finishBody waits for the body's goroutine and reports whether the whole body went out. A body whose end has been read is
+// given patience to be written, negative for as long as it takes; any other is given up now.
+func (x *exchange) finishBody(patience time.Duration) (complete bool, err error) {
 	if !x.sending {
 		return x.whole, nil
 	}
 	x.sending = false
-	if !x.lastPart.Load() {
+	if x.lastPart.Load() && patience != 0 {
+		var late <-chan time.Time
+		if patience > 0 {
+			timer := time.NewTimer(patience)
+			defer timer.Stop()
+			late = timer.C
+		}
 		select {
 		case err := <-x.sent:
 			return err == nil, err
-		default:
+		case <-late: // the sandbox answered and reads no more
 		}
-		x.stop.Store(true) // before the deadline: the goroutine sets one and then looks here
-		_ = x.c.Conn.SetReadDeadline(longAgo)
-		x.c.interrupt()
-		return false, <-x.sent
 	}
-	err = <-x.sent
-	return err == nil, err
+	select {
+	case err := <-x.sent:
+		return err == nil, err
+	default:
+	}
+	x.stop.Store(true) // before the deadline: the goroutine sets one and then looks here
+	_ = x.c.Conn.SetReadDeadline(longAgo)
+	x.c.interrupt()
+	return false, <-x.sent
 }
 
 // bodyFault is the reason for the end of an exchange without an answer: when the client's body was at fault, that.
 func (x *exchange) bodyFault(err error) error {
-	if _, bodyErr := x.finishBody(); isFault(bodyErr) && !errors.Is(bodyErr, os.ErrDeadlineExceeded) {
+	if _, bodyErr := x.finishBody(0); isFault(bodyErr) && !errors.Is(bodyErr, os.ErrDeadlineExceeded) {
 		return bodyErr
 	} else if f, ok := errors.AsType[*fault](bodyErr); ok && f.reason == ReasonBodyTimeout && errors.Is(err, os.ErrDeadlineExceeded) {
 		return bodyErr // its own deadline ended the exchange, not ours
@@ -541,7 +554,7 @@ func (x *exchange) passBody(left int64) error {
 
 // finish ends an exchange whose answer went out whole: both connections are kept if both sides are where they should be.
 func (x *exchange) finish() error {
-	complete, _ := x.finishBody() // the answer is out; what became of the body decides about the connections only
+	complete, _ := x.finishBody(lastPartPatience) // the answer is out; what became of the body decides about the connections only
 	clean := x.r == x.w && complete && x.answer.persistent() && !x.c.head.http10
 	if !complete {
 		x.keep = false
@@ -563,10 +576,7 @@ func (x *exchange) finish() error {
 
 // abandon ends a connection that is still held: after an error, a panic, or before a repetition.
 func (x *exchange) abandon() {
-	if x.sending {
-		x.lastPart.Store(false)
-		_, _ = x.finishBody()
-	}
+	_, _ = x.finishBody(0)
 	if x.up == nil {
 		return
 	}
@@ -579,7 +589,7 @@ func (x *exchange) abandon() {
 // of it is here already.
 func (x *exchange) skipBody() bool {
 	c := x.c
-	if x.sending || x.up != nil && c.head.framing != framingNone {
+	if x.up != nil && c.head.framing != framingNone {
 		return false
 	}
 	switch c.head.framing {
