@@ -3,11 +3,13 @@ package routingtest
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -32,6 +34,7 @@ type Redis struct {
 func StartRedis(t testing.TB, args ...string) *Redis {
 	t.Helper()
 	r := &Redis{t: t, dir: t.TempDir(), args: args}
+	quietClient()
 	r.launch()
 	return r
 }
@@ -41,6 +44,7 @@ func StartRedis(t testing.TB, args ...string) *Redis {
 func StartCluster(t testing.TB) *Redis {
 	t.Helper()
 	r := &Redis{t: t, dir: t.TempDir(), args: []string{"--cluster-enabled", "yes"}, cluster: true}
+	quietClient()
 	r.launch()
 	if answer, err := r.command("CLUSTER ADDSLOTSRANGE 0 16383"); err != nil || answer != "+OK" {
 		t.Fatalf("CLUSTER ADDSLOTSRANGE = %q, %v", answer, err)
@@ -51,6 +55,13 @@ func StartCluster(t testing.TB) *Redis {
 	})
 	return r
 }
+
+// quietClient keeps go-redis from printing a line per failed dial: servers are away on purpose here.
+var quietClient = sync.OnceFunc(func() { redis.SetLogger(silence{}) })
+
+type silence struct{}
+
+func (silence) Printf(context.Context, string, ...any) {}
 
 func (r *Redis) launch() {
 	r.t.Helper()
