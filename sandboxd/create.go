@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -163,10 +162,6 @@ func (m *Manager) reserve(spec CreateSpec, tmpl Template, alias string) (*life, 
 	}
 	started := now()
 	m.lastGeneration = max(m.lastGeneration+1, uint64(started.UnixMilli()))
-	network := spec.Network
-	network.AllowOut = slices.Clone(network.AllowOut)
-	network.DenyOut = slices.Clone(network.DenyOut)
-	network.HTTPSPorts = slices.Clone(network.HTTPSPorts)
 	rec := record{Slot: slot, Root: tmpl.Root, Sandbox: Sandbox{
 		ID:              newID(),
 		Generation:      m.lastGeneration,
@@ -180,7 +175,7 @@ func (m *Manager) reserve(spec CreateSpec, tmpl Template, alias string) (*life, 
 		MemoryMiB:       tmpl.MemoryMiB,
 		DiskMiB:         tmpl.DiskMiB,
 		Metadata:        maps.Clone(spec.Metadata),
-		Network:         network,
+		Network:         spec.Network.clone(),
 		Team:            spec.Team,
 		Nonce:           spec.Nonce,
 		TokenHash:       spec.TokenHash,
@@ -191,6 +186,7 @@ func (m *Manager) reserve(spec CreateSpec, tmpl Template, alias string) (*life, 
 	l := newLife(rec, m.place(rec), m.log)
 	l.turn <- struct{}{}
 	m.lives[l.id] = l
+	m.stats.sandboxes.Inc()
 	return l, nil
 }
 

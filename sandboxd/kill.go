@@ -76,7 +76,7 @@ const (
 func (m *Manager) bury(l *life) {
 	l.turn <- struct{}{} // whoever has the turn sees l.ctx end
 	defer l.endTurn()
-	pause := buryPause
+	began, pause := time.Now(), buryPause
 	for try := 1; ; try++ {
 		err := m.remove(l)
 		if try == 1 {
@@ -96,6 +96,7 @@ func (m *Manager) bury(l *life) {
 		m.pause(pause, try < buryLastTries)
 		pause = min(2*pause, buryPauseMax)
 	}
+	m.stats.removed.UpdateDuration(began)
 	m.forget(l)
 	if l.buryErr == nil {
 		close(l.buried)
@@ -136,6 +137,7 @@ func (m *Manager) forget(l *life) {
 	delete(m.lives, l.id)
 	reason, refused, lived := l.reason, l.refused, time.Since(l.rec.Sandbox.StartedAt)
 	m.mu.Unlock()
+	m.stats.sandboxes.Dec()
 	m.stats.gone[reason].Inc()
 	l.log.Info("sandbox gone", zap.String("reason", string(reason)), zap.Duration("took", lived), zap.Any("refused", refused))
 }

@@ -41,9 +41,8 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id string, n Network) error
 		return fmt.Errorf("egress rules in the record: %w", err)
 	}
 	rec := old
-	rec.Sandbox.Network.AllowInternetAccess = n.AllowInternetAccess
-	rec.Sandbox.Network.AllowOut = slices.Clone(n.AllowOut)
-	rec.Sandbox.Network.DenyOut = slices.Clone(n.DenyOut)
+	n = n.clone()
+	rec.Sandbox.Network.AllowInternetAccess, rec.Sandbox.Network.AllowOut, rec.Sandbox.Network.DenyOut = n.AllowInternetAccess, n.AllowOut, n.DenyOut
 
 	apply := func(ctx context.Context, p egress.Policy) error {
 		if err := l.instance.SetFence(ctx, p); err != nil {

@@ -462,6 +462,45 @@ func TestRootlessMachine(t *testing.T) {
 	liveOnce(t, n, m)
 }
 
+// TestRestartKeepsSandboxes stops an orchestrator in good order and starts another.
+func TestRestartKeepsSandboxes(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	for name, rootless := range map[string]bool{"root": false, "rootless": true} {
+		t.Run(name, func(t *testing.T) {
+			n := newRealNode(t)
+			n.rootless = rootless
+			m, err := n.manager()
+			if err != nil {
+				t.Fatal(err)
+			}
+			m.opts.KeepSandboxes = true
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan error, 1)
+			go func() { ended <- m.Run(ctx) }()
+			for range 2 {
+				if _, err := m.Create(ctx, spec(time.Hour)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			died := m.List()[0].ID
+			cancel()
+			if err := <-ended; err != nil {
+				t.Fatal(err)
+			}
+			rec, err := m.journal.read(died)
+			var handle namespace.Handle
+			if err := errors.Join(err, json.Unmarshal(rec.Handle, &handle), syscall.Kill(handle.PID, syscall.SIGKILL)); err != nil {
+				t.Fatal(err)
+			}
+			if got := n.recover(t); got != 1 {
+				t.Errorf("%d sandboxes survived, want the one that lives", got)
+			}
+		})
+	}
+}
+
 // TestMachines runs the suite of machines over the real ones.
 func TestMachines(t *testing.T) {
 	if !inside(t) {
@@ -486,6 +525,27 @@ func TestMachines(t *testing.T) {
 				t.Errorf("left:\n%s", strings.Join(left, "\n"))
 			}
 		})
+	}
+}
+
+// wantDeathNoticed kills a sandbox's first process behind the manager's back.
+func wantDeathNoticed(t *testing.T, m *Manager) {
+	t.Helper()
+	sb, err := m.Create(t.Context(), spec(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := m.lives[sb.ID]
+	if err := syscall.Kill(m.instanceOf(l).(*namespaceSandbox).process.Handle().PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-l.buried:
+	case <-time.After(20 * time.Second):
+		t.Fatal("the death of a sandbox was not noticed")
+	}
+	if _, err := m.Get(sb.ID); err == nil {
+		t.Error("a dead sandbox is still shown")
 	}
 }
 
@@ -527,6 +587,7 @@ func liveOnce(t *testing.T, n realNode, m *Manager) {
 	if err := m.Kill(ctx, sb.ID); err != nil {
 		t.Errorf("Kill() = %v", err)
 	}
+	wantDeathNoticed(t, m)
 	conn.SetReadDeadline(time.Now().Add(10 * time.Second))
 	if _, err := io.ReadAll(conn); err != nil && os.IsTimeout(err) {
 		t.Error("a connection into the sandbox outlived it")

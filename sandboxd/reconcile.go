@@ -33,6 +33,7 @@ func (m *Manager) reconcile(ctx context.Context) error {
 		lives = append(lives, l)
 		m.mu.Lock()
 		m.lives[l.id] = l
+		m.stats.sandboxes.Inc()
 		m.lastGeneration = max(m.lastGeneration, l.generation)
 		m.mu.Unlock()
 	}

@@ -291,8 +291,11 @@ func TestStartIsRefused(t *testing.T) {
 	}
 }
 
-// TestStorm lets everything happen at once. The race detector and the final count are the judges.
-func TestStorm(t *testing.T) {
+// TestStorm lets everything happen at once. The race detector, the final count, and the bubble, which wants every goroutine to end,
+// are the judges.
+func TestStorm(t *testing.T) { synctest.Test(t, storm) }
+
+func storm(t *testing.T) {
 	n := newNode(t).start(func(m *Manager) { m.opts.MaxSandboxes = 1000; m.slots = newSlots(1000) })
 	var wg sync.WaitGroup
 	for i := range 8 {
@@ -322,4 +325,7 @@ func TestStorm(t *testing.T) {
 		t.Error(err)
 	}
 	n.wantNothingLeft()
+	if got := n.m.stats.sandboxes.Get(); got != 0 {
+		t.Errorf("the gauge of sandboxes = %v, want 0", got)
+	}
 }

@@ -3,6 +3,7 @@ package sandboxd
 import (
 	"encoding/hex"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -55,6 +56,15 @@ type Network struct {
 	AllowPublicTraffic  bool     `json:"allowPublicTraffic"`
 	MaskRequestHost     string   `json:"maskRequestHost,omitempty"`
 	HTTPSPorts          []uint16 `json:"httpsPorts,omitempty"`
+}
+
+// clone returns a copy that shares nothing with what a caller holds.
+func (n Network) clone() Network {
+	if n.AllowInternetAccess != nil {
+		n.AllowInternetAccess = new(*n.AllowInternetAccess)
+	}
+	n.AllowOut, n.DenyOut, n.HTTPSPorts = slices.Clone(n.AllowOut), slices.Clone(n.DenyOut), slices.Clone(n.HTTPSPorts)
+	return n
 }
 
 // CreateSpec is all that a caller says about a new sandbox. The tokens are the caller's to derive; the manager keeps the nonce and

@@ -19,15 +19,19 @@ type stats struct {
 	created, createFailed, adopted, strangers, removeFailed      *metrics.Counter
 	publishFailed, withdrawFailed, announceFailed, samplesFailed *metrics.Counter
 
-	set   *metrics.Set
-	gone  map[GoneReason]*metrics.Counter
-	phase map[Step]*metrics.Histogram
-	opens map[link.Verdict]*metrics.Counter
+	set       *metrics.Set
+	sandboxes *metrics.Gauge
+	removed   *metrics.Histogram
+	gone      map[GoneReason]*metrics.Counter
+	phase     map[Step]*metrics.Histogram
+	opens     map[link.Verdict]*metrics.Counter
 }
 
 func newStats(set *metrics.Set) *stats {
 	s := &stats{
 		set:            set,
+		sandboxes:      set.GetOrCreateGauge("sluice_sandboxd_sandboxes", nil),
+		removed:        set.GetOrCreateHistogram("sluice_sandboxd_remove_seconds"),
 		created:        set.GetOrCreateCounter("sluice_sandboxd_created_total"),
 		createFailed:   set.GetOrCreateCounter("sluice_sandboxd_create_failures_total"),
 		adopted:        set.GetOrCreateCounter("sluice_sandboxd_adopted_total"),
