@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -28,7 +29,7 @@ type clientConn struct {
 	// Fixed after newClientConn.
 	srv     *server
 	raw     syscall.RawConn // of the socket; nil: it cannot be watched
-	tcp     *net.TCPConn    // when bytes may be spliced: no TLS in between
+	tcp     *net.TCPConn    // the connection itself, when it is bare: its bytes may be spliced
 	addr    netip.AddrPort
 	tls     bool
 	read    func(fd uintptr) bool // c.tryRead, made once
@@ -67,17 +68,19 @@ var longAgo = time.Unix(1, 0)
 func newClientConn(srv *server, nc net.Conn) *clientConn {
 	c := &clientConn{Conn: nc, srv: srv}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
+	_, c.tls = nc.(interface{ ConnectionState() tls.ConnectionState })
+	c.tcp, _ = nc.(*net.TCPConn)
 	socket := nc
-	if outer, ok := nc.(interface{ NetConn() net.Conn }); ok { // *tls.Conn
-		c.tls = true
+	for {
+		outer, ok := socket.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
 		socket = outer.NetConn()
 	}
-	if tcp, ok := socket.(*net.TCPConn); ok {
-		if raw, err := tcp.SyscallConn(); err == nil && canWatch {
+	if tcp, ok := socket.(*net.TCPConn); ok && canWatch {
+		if raw, err := tcp.SyscallConn(); err == nil {
 			c.raw = raw
-		}
-		if !c.tls {
-			c.tcp = tcp
 		}
 	}
 	if addr, ok := nc.RemoteAddr().(*net.TCPAddr); ok {
@@ -231,7 +234,7 @@ func (c *clientConn) makeRoom(most int) (moved int) {
 
 // fill reads once, behind what is there. While nothing is there a socket's connection waits without a buffer.
 func (c *clientConn) fill() error {
-	if c.buf == nil && c.raw != nil && !c.tls {
+	if c.buf == nil && c.raw != nil && c.tcp != nil {
 		if err := c.raw.Read(c.read); err != nil {
 			return err
 		}
@@ -265,8 +268,12 @@ func (c *clientConn) acquireBuf() {
 
 // releaseBuf gives the buffer back; what was unread in it is gone.
 func (c *clientConn) releaseBuf() {
+	if c.page == nil {
+		c.head = requestHead{} // its lines lie in a buffer that was made for them
+	}
 	c.releasePage()
 	c.buf, c.r, c.w = nil, 0, 0
+	c.feed = nil
 	if cap(c.fed) > 1<<10 {
 		c.fed = nil // an idle connection keeps no large buffer
 	}

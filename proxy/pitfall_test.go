@@ -572,6 +572,17 @@ func TestPitfall16ConnectionsPerClientAreCapped(t *testing.T) {
 	})
 }
 
+func TestConnectionsInAllAreCapped(t *testing.T) {
+	b := echoHead(t)
+	e := edgeWith(t, b, func(o *Options) { o.Limits.Conns = 1 })
+	first := e.connect(t)
+	first.write(getRequest)
+	first.response("GET")
+	if resp, _ := e.connect(t).response("GET"); resp.StatusCode != 503 {
+		t.Errorf("got %d", resp.StatusCode)
+	}
+}
+
 func TestPitfall20ExpectContinue(t *testing.T) {
 	bodies := make(chan string, 10)
 	b := scripted(t, func(b *backend, c *rawConn, _ int) {
@@ -789,7 +800,7 @@ func TestDialErrorsAreNotClosedPorts(t *testing.T) {
 	verdicts := map[string]error{"busy": &link.VerdictError{Verdict: link.Busy}, "refused": &link.VerdictError{Verdict: link.Refused}, "gone": errors.New("no route to host")}
 	wants := map[string]string{
 		"busy":    `503 {"sandboxId":"isv","message":"The machine of this sandbox is too busy. Try again in a moment.","port":3000,"code":503}`,
-		"refused": `502 {"sandboxId":"isv","message":"The machine of this sandbox refused the connection","port":3000,"code":502}`,
+		"refused": `503 {"sandboxId":"isv","message":"The machine of this sandbox refused the connection","port":3000,"code":503}`,
 		"gone":    `502 {"sandboxId":"isv","message":"The machine of this sandbox could not be reached","port":3000,"code":502}`,
 	}
 	for name, verdict := range verdicts {

@@ -105,7 +105,8 @@ var refusals = [reasonCount]refusal{
 		message: "The sandbox is running but port is not open", title: "Closed Port Error"},
 	ReasonNodeBusy: {label: "node_busy", status: 503, format: formatBody, port: true, retryAfter: "1",
 		message: "The machine of this sandbox is too busy. Try again in a moment.", title: "Temporarily Unavailable"},
-	ReasonNodeRefused: {label: "node_refused", status: 502, format: formatBody, port: true,
+	// Not a 502, which SDKs take for the sandbox's end: it may well live.
+	ReasonNodeRefused: {label: "node_refused", status: 503, format: formatBody, port: true, retryAfter: "1",
 		message: "The machine of this sandbox refused the connection", title: "Sandbox Unreachable"},
 	ReasonDialFailed: {label: "dial_failed", status: 502, format: formatBody, port: true,
 		message: "The machine of this sandbox could not be reached", title: "Sandbox Unreachable"},

@@ -87,7 +87,7 @@ func releaseExchange(x *exchange) {
 	}
 	in, out, mask, lines := x.in, x.out[:0], x.mask[:0], x.answer.lines[:0]
 	if len(in) > 16<<10 {
-		in = make([]byte, 16<<10)
+		in, lines = make([]byte, 16<<10), nil
 	}
 	if cap(out) > 64<<10 {
 		out = nil
