@@ -24,7 +24,7 @@ type KeyHash = [sha256.Size]byte
 // NewAPIKey returns a new key: "e2b_" and 40 hex digits, the form that every SDK accepts.
 func NewAPIKey() string {
 	var random [keyDigits / 2]byte
-	rand.Read(random[:]) //nolint:errcheck // crypto/rand ends the program rather than return an error
+	rand.Read(random[:]) // never fails: it ends the program instead
 	return keyPrefix + hex.EncodeToString(random[:])
 }
 
@@ -54,7 +54,7 @@ type KeyRecord struct {
 func NewKeyRecord(name, team string) (string, KeyRecord) {
 	key := NewAPIKey()
 	var id [6]byte
-	rand.Read(id[:]) //nolint:errcheck // crypto/rand ends the program rather than return an error
+	rand.Read(id[:]) // never fails: it ends the program instead
 	return key, KeyRecord{
 		ID:      hex.EncodeToString(id[:]),
 		Name:    name,

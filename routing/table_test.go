@@ -506,9 +506,9 @@ func TestTableJudgesTheEnd(t *testing.T) {
 		r.EndAt = time.Now().Add(10 * time.Second)
 		t.put(r)
 		t.want("isb", "n1 1")
-		time.Sleep(10*time.Second - 1)
+		time.Sleep(10*time.Second - time.Nanosecond)
 		t.want("isb", "n1 1")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		t.want("isb", "not_found")
 
 		r.EndAt = time.Now().Add(time.Minute) // extended a little late

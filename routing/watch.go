@@ -28,29 +28,34 @@ var errSilent = errors.New("no heartbeat came back")
 // that is open and dead, a subscription on a server that was demoted, and one that the client library renewed behind our back.
 // So every second it publishes to a channel of its own and wants that message back on the same connection.
 func (s *RedisStore) Watch(ctx context.Context, emit func(Event)) error {
-	for {
-		heard := false
-		err := s.subscribeOnce(ctx, func(e Event) {
-			heard = true
-			emit(e)
-		})
-		if ctx.Err() != nil {
-			return nil
-		}
-		if heard {
-			emit(Event{Kind: Lost})
-		}
-		if errors.Is(err, errSilent) {
-			s.silences.Inc()
-		} else {
-			s.drops.Inc()
-		}
-		s.log.Warn("route subscription lost, known routes are suspect", zap.Error(err))
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(resubscribeDelay):
-		}
+	for ctx.Err() == nil {
+		s.listen(ctx, emit)
+	}
+	return nil
+}
+
+// listen is one subscription from beginning to end, and the pause after it.
+func (s *RedisStore) listen(ctx context.Context, emit func(Event)) {
+	heard := false
+	err := s.subscribeOnce(ctx, func(e Event) {
+		heard = true
+		emit(e)
+	})
+	if ctx.Err() != nil {
+		return
+	}
+	if heard {
+		emit(Event{Kind: Lost})
+	}
+	if errors.Is(err, errSilent) {
+		s.silences.Inc()
+	} else {
+		s.drops.Inc()
+	}
+	s.log.Warn("route subscription lost, known routes are suspect", zap.Error(err))
+	select {
+	case <-ctx.Done():
+	case <-time.After(resubscribeDelay):
 	}
 }
 

@@ -27,6 +27,7 @@ type Redis struct {
 	args    []string
 	cluster bool
 	proc    *exec.Cmd
+	exited  chan struct{} // closed when proc is gone and its output is complete
 	output  bytes.Buffer
 }
 
@@ -105,6 +106,7 @@ func (r *Redis) tryStart() bool {
 		r.t.Fatal(err)
 	}
 	exited := make(chan struct{})
+	r.exited = exited
 	go func(proc *exec.Cmd) {
 		_ = proc.Wait() // killed, or a port that is taken: the loop below tells
 		close(exited)
@@ -129,12 +131,7 @@ func (r *Redis) Stop() {
 		return
 	}
 	r.signal(syscall.SIGKILL)
-	for {
-		if err := r.proc.Process.Signal(syscall.Signal(0)); err != nil {
-			break // reaped
-		}
-		time.Sleep(time.Millisecond)
-	}
+	<-r.exited
 	r.proc = nil
 }
 
