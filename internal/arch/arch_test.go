@@ -37,7 +37,7 @@ var table = []row{
 	{[]string{"sandboxd/vmm", "sandboxd/vmm/vmmtest"}, []string{"sandboxd/vmm"}, "sandboxd/vmm imports nothing sideways"},
 	{[]string{"api/..."}, nil, "generated code imports nothing of this module"},
 	{[]string{"guest/..."}, []string{"guest/gen/..."}, "generated code imports only its like"},
-	{[]string{"internal/errs", "internal/obs", "internal/run", "internal/config", "internal/arch"}, nil, "these parts of internal stand alone"},
+	{[]string{"internal/errs", "internal/obs", "internal/run", "internal/config", "internal/testkit", "internal/arch"}, nil, "these parts of internal stand alone"},
 	{[]string{"internal/lab"}, nil, "internal/lab knows nothing of Sluice"},
 }
 
@@ -160,7 +160,7 @@ func testMay(pkg, inside string) bool {
 		return !strings.HasPrefix(inside, "cmd/")
 	}
 	switch inside {
-	case "internal/lab":
+	case "internal/lab", "internal/testkit":
 		return pkg != "guest" && pkg != "loadtest"
 	case "routing/routingtest":
 		return pkg == "routing" || pkg == "auth" || pkg == "proxy"

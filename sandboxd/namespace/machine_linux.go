@@ -84,7 +84,7 @@ func New(cfg Config) (*Machine, error) {
 					"(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns, kernel.unprivileged_userns_clone)",
 			}
 		}
-		m.limits = append(m.limits, "rootless: one user id inside, `root` has no power; own network without a way out, ports through guestd only")
+		m.limits = append(m.limits, "without root egress is off: a sandbox has no way out of its own network, and is reached through guestd; `root` inside has no power")
 	}
 	var why []string
 	m.cgroups, why = probeCgroups()

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/sluice-edge/sluice/internal/lab"
+	"github.com/sluice-edge/sluice/internal/testkit"
 )
 
 // TestCluster runs program g: two edges and two nodes that share one real Redis, which stops and comes back.
@@ -27,6 +28,7 @@ func TestCluster(t *testing.T) {
 	}
 	dir := t.TempDir()
 	redis := startRedis(t, l, dir)
+	testkit.Program(t, "guestd") // beside the orchestrator
 	keyFile := filepath.Join(dir, "cluster.key")
 	if err := os.WriteFile(keyFile, []byte(strings.Repeat("cluster key of the test ", 3)), 0o600); err != nil {
 		t.Fatal(err)
@@ -34,7 +36,7 @@ func TestCluster(t *testing.T) {
 	common := []string{"-redis", "redis://127.0.0.1:6379", "-cluster-key-file", keyFile, "-domain", domain}
 	for i := 1; i <= 2; i++ {
 		addr := fmt.Sprintf("127.0.1.%d", i)
-		startDaemon(t, l, "orchestrator", append([]string{
+		l.Host.Daemon(t, nil, testkit.Program(t, "orchestrator"), append([]string{
 			"-node-id", fmt.Sprintf("node-%d", i),
 			"-state-dir", filepath.Join(dir, fmt.Sprintf("node-%d", i)),
 			"-link-listen", addr + ":5007", "-link-advertise", addr + ":5007",
@@ -48,7 +50,7 @@ func TestCluster(t *testing.T) {
 	caDir := filepath.Join(dir, "ca")
 	edges := []string{"127.0.0.1", "127.0.0.2"}
 	for _, addr := range edges { // one after the other: the second finds the CA that the first made
-		startDaemon(t, l, "edge", append([]string{
+		l.Host.Daemon(t, nil, testkit.Program(t, "edge"), append([]string{
 			"-https-listen", addr + ":443", "-dev-ca-dir", caDir, "-debug-listen", addr + ":9400",
 		}, common...)...)
 		awaitOutput(t, l, "edge "+addr, "healthy", "curl", "-sf", "http://"+addr+":9400/healthz")
@@ -56,11 +58,7 @@ func TestCluster(t *testing.T) {
 	for i := 1; i <= 2; i++ {
 		awaitOutput(t, l, "a node", "ready", "curl", "-sf", fmt.Sprintf("http://127.0.1.%d:9401/healthz", i))
 	}
-	bin, err := binaries()
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err := l.Host.Command(t.Context(), filepath.Join(bin, "sluice"), "key", "create", "-redis", "redis://127.0.0.1:6379", "-name", "test").Output()
+	key, err := l.Host.Command(t.Context(), testkit.Program(t, "sluice"), "key", "create", "-redis", "redis://127.0.0.1:6379", "-name", "test").Output()
 	if err != nil {
 		t.Fatalf("sluice key create: %v", err)
 	}

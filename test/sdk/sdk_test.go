@@ -11,42 +11,20 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/sluice-edge/sluice/internal/lab"
+	"github.com/sluice-edge/sluice/internal/testkit"
 )
 
 const (
 	domain = "sbx.localhost"
 
-	// programTime bounds one program, startTime one daemon; both are many times what they take.
+	// programTime bounds one program, startTime a server's start; both are many times what they take.
 	programTime = 4 * time.Minute
 	startTime   = time.Minute
 )
-
-// binaries builds the programs once for all tests.
-var binaries = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "sluice-bin-")
-	if err != nil {
-		return "", err
-	}
-	build := exec.Command("go", "build", "-o", dir+"/", "../../cmd/sluice", "../../cmd/edge", "../../cmd/orchestrator", "../../cmd/guestd")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0") // guestd must be static, the others are as released
-	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%w\n%s", err, out)
-	}
-	return dir, nil
-})
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if dir, err := binaries(); err == nil {
-		os.RemoveAll(dir)
-	}
-	os.Exit(code)
-}
 
 // language is one SDK: how its programs are run, and what is missing when they cannot be.
 type language struct {
@@ -105,15 +83,11 @@ func TestPrograms(t *testing.T) {
 func startDev(t *testing.T, l *lab.Lab) []string {
 	t.Helper()
 	state := t.TempDir()
-	_, lines := startDaemon(t, l, "sluice", "dev", "-domain", domain, "-http", "127.0.0.1:80", "-https", "127.0.0.1:443",
+	testkit.Program(t, "guestd") // beside it
+	dev := l.Host.Daemon(t, nil, testkit.Program(t, "sluice"), "dev", "-domain", domain, "-http", "127.0.0.1:80", "-https", "127.0.0.1:443",
 		"-state-dir", state, "-network-name", l.Prefix(), "-log-level", "info")
 	var key string
-	wait(t, "sluice dev to be ready", lines, func(line string) bool {
-		if value, ok := strings.CutPrefix(line, "export E2B_API_KEY="); ok {
-			key = value
-		}
-		return strings.HasPrefix(line, "# Try it")
-	})
+	dev.Await(t, "the API key", lab.Value(&key, "export E2B_API_KEY="))
 	return clientEnv(key, filepath.Join(state, "ca", "ca.pem"))
 }
 
@@ -177,49 +151,6 @@ func start(t *testing.T, name string, cmd *lab.Cmd) <-chan string {
 		}
 	}()
 	return lines
-}
-
-// startDaemon starts a program that runs until the test ends. Then it gets the signal of Ctrl-C, and must end cleanly.
-func startDaemon(t *testing.T, l *lab.Lab, name string, args ...string) (*lab.Cmd, <-chan string) {
-	t.Helper()
-	bin, err := binaries()
-	if err != nil {
-		t.Fatalf("build: %v", err)
-	}
-	cmd := l.Host.Command(context.Background(), filepath.Join(bin, name), args...) // the test's context ends before its cleanup
-	lines := start(t, name, cmd)
-	t.Cleanup(func() {
-		if err := cmd.Process.Signal(os.Interrupt); err != nil {
-			t.Errorf("interrupt %s: %v", name, err)
-		}
-		kill := time.AfterFunc(startTime, func() { _ = cmd.Process.Kill() }) // then Wait says so
-		defer kill.Stop()
-		for range lines {
-		}
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("%s after an interrupt: %v, want a clean end", name, err)
-		}
-	})
-	return cmd, lines
-}
-
-// wait reads lines until one satisfies done.
-func wait(t *testing.T, what string, lines <-chan string, done func(string) bool) {
-	t.Helper()
-	timeout := time.After(startTime)
-	for {
-		select {
-		case line, ok := <-lines:
-			if !ok {
-				t.Fatalf("waiting for %s: the program ended", what)
-			}
-			if done(line) {
-				return
-			}
-		case <-timeout:
-			t.Fatalf("waiting for %s: not within %v", what, startTime)
-		}
-	}
 }
 
 // logWriter writes a program's complaints into the test's log.
