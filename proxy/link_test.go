@@ -1,0 +1,109 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/sluice-edge/sluice/link"
+	"github.com/sluice-edge/sluice/routing"
+)
+
+// backendPorts is a node's half without a node: it opens what was put behind a port.
+type backendPorts struct {
+	mu    sync.Mutex // guards ports
+	ports map[uint16]string
+}
+
+func (p *backendPorts) Open(ctx context.Context, _ string, _ uint64, port uint16) (net.Conn, error) {
+	p.mu.Lock()
+	addr, open := p.ports[port]
+	p.mu.Unlock()
+	if !open {
+		return nil, &link.VerdictError{Verdict: link.PortClosed}
+	}
+	return new(net.Dialer).DialContext(ctx, "tcp", addr)
+}
+
+// The same over the real link, between processes and within one: verdicts, pooling, splicing, and the end of a lifecycle.
+func TestOverTheLink(t *testing.T) {
+	for _, direct := range []bool{false, true} {
+		t.Run(map[bool]string{false: "network", true: "direct"}[direct], func(t *testing.T) {
+			silent := make(chan struct{})
+			b := scripted(t, func(b *backend, c *rawConn, _ int) {
+				for {
+					head := b.head(c)
+					switch {
+					case head == "":
+						return
+					case strings.HasPrefix(head, "GET /big"):
+						c.write("HTTP/1.1 200 OK\r\nContent-Length: 8388608\r\n\r\n")
+						_, _ = io.CopyN(c.Conn, pattern{}, 8<<20)
+					case strings.HasPrefix(head, "GET /never"):
+						c.write("HTTP/1.1 200 OK\r\nContent-Length: 8388608\r\n\r\nstart")
+						<-silent
+						return
+					default:
+						writeAnswer(c, head)
+					}
+				}
+			})
+			defer close(silent)
+			key := []byte("0123456789abcdef0123456789abcdef")
+			node := link.NewServer(&backendPorts{ports: map[uint16]string{3000: b.addr}}, link.ServerOptions{Key: key})
+			dial := node.Direct()
+			addr := "direct"
+			if !direct {
+				ln, err := net.Listen("tcp", "127.0.0.1:0")
+				if err != nil {
+					t.Fatal(err)
+				}
+				ctx, cancel := context.WithCancel(context.Background())
+				var jobs sync.WaitGroup
+				jobs.Go(func() { _ = node.Serve(ctx, ln) })
+				t.Cleanup(func() {
+					cancel()
+					jobs.Wait()
+				})
+				addr = ln.Addr().String()
+				dial = (&link.Dialer{Key: key}).Dial
+			}
+			target := &routing.Target{
+				Route: &routing.Route{Sandbox: "isv", Generation: 7, State: routing.Running},
+				Node:  &routing.Node{ID: "n", LinkAddr: addr},
+			}
+			e := startEdge(t, func(o *Options) {
+				o.Routes = fixedRoutes{target: target}
+				o.Link = link.NewPool(dial, link.PoolOptions{})
+			})
+			c := e.connect(t)
+			for range 3 {
+				c.write(getRequest)
+				c.response("GET")
+			}
+			if b.conns.Load() != 1 {
+				t.Errorf("%d connections for 3 requests", b.conns.Load())
+			}
+			c.write("GET / HTTP/1.1\r\nHost: 9-isv.sluice.test\r\n\r\n")
+			if _, body := c.response("GET"); !strings.Contains(body, "port is not open") {
+				t.Errorf("closed port: %s", body)
+			}
+			c.write("GET /big HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\n\r\n")
+			if _, body := c.response("GET"); len(body) != 8<<20 {
+				t.Errorf("%d bytes", len(body))
+			}
+			c.write("GET /never HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\n\r\n")
+			c.expect("HTTP/1.1 200 OK\r\nContent-Length: 8388608\r\n\r\nstart")
+			node.Reset("isv", 7)
+			if _, err := io.ReadAll(c.br); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("after the lifecycle's end: %v, want a reset", err)
+			}
+			await(t, "the count", func() bool { return e.counter(`sluice_proxy_refusals_total{reason="answer_cut"}`) == 1 })
+		})
+	}
+}
