@@ -2,7 +2,6 @@ package sandboxd
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"time"
@@ -154,7 +153,8 @@ func (m *Manager) reserve(spec CreateSpec, tmpl Template, alias string) (*life, 
 		return nil, errStopping
 	}
 	if len(m.lives) >= m.opts.MaxSandboxes {
-		return nil, errs.New(errs.Exhausted, "you have reached the maximum number of concurrent E2B sandboxes (%d) of this node", m.opts.MaxSandboxes)
+		return nil, errs.New(errs.Exhausted, "you have reached the maximum number of concurrent E2B sandboxes (%d) of this node",
+			m.opts.MaxSandboxes)
 	}
 	slot, ok := m.slots.acquire(time.Now())
 	if !ok {
@@ -199,10 +199,12 @@ func (m *Manager) createError(ctx context.Context, l *life, err error) error {
 	if m.reasonOf(l) != GoneCreateFailed {
 		return inTransition(l.id, StateKilling)
 	}
-	if _, ok := errors.AsType[*errs.Error](err); ok {
+	switch errs.CodeOf(err) {
+	case errs.Unavailable, errs.Exhausted, errs.Conflict:
 		return err
 	}
-	return fmt.Errorf("create sandbox: %w", err)
+	// Whatever else the parts below say, the caller's input was judged before they were asked: it is our fault.
+	return &errs.Error{Code: errs.Internal, Msg: "Failed to place sandbox: the node could not start it", Err: err}
 }
 
 // initRequest is what a guest is told about itself. A caller's variables win over ours.

@@ -59,6 +59,8 @@ func (m *Manager) moveEnd(ctx context.Context, id string, choose func(Sandbox, t
 		return Sandbox{}, err
 	}
 	defer end()
+	ctx, cancel := l.within(ctx)
+	defer cancel()
 	rec := m.record(l)
 	endAt := choose(rec.Sandbox, now())
 	if latest := rec.Sandbox.StartedAt.Add(m.opts.MaxTimeout); endAt.After(latest) {

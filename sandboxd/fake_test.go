@@ -62,7 +62,10 @@ func (h *fakeHost) crash() *fakeHost {
 	}
 	for id, p := range h.procs {
 		if p.committed {
-			after.procs[id] = &fakeProc{host: after, id: id, slot: p.slot, committed: true, init: p.init, done: make(chan struct{}), listeners: p.listeners}
+			after.procs[id] = &fakeProc{
+				host: after, id: id, slot: p.slot, committed: true, init: p.init,
+				done: make(chan struct{}), listeners: p.listeners,
+			}
 		}
 	}
 	return after
@@ -178,6 +181,7 @@ type fakeMachine struct {
 func (m fakeMachine) Name() string                    { return "fake" }
 func (m fakeMachine) Slots() int                      { return m.slots }
 func (m fakeMachine) Setup(ctx context.Context) error { return m.host.ask(ctx, "setup") }
+func (m fakeMachine) Release() error                  { return nil }
 func (m fakeMachine) Close(context.Context) error {
 	if left := m.host.leftovers(); len(left) > 0 {
 		return fmt.Errorf("closed while %q exist", left)

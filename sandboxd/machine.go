@@ -34,6 +34,8 @@ type Machine interface {
 	Setup(ctx context.Context) error
 	// Close removes what Setup made. All places are destroyed by then.
 	Close(ctx context.Context) error
+	// Release lets go of the host without changing it, for a node that stops and leaves its sandboxes running.
+	Release() error
 	// Start makes the sandbox up to the point where its guest answers on the control connection, with the fence up before the first
 	// process. reached is told after every step. After an error the caller destroys the place. Until Commit the death of this
 	// process kills the sandbox.

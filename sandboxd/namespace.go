@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"syscall"
 
 	"go.uber.org/zap"
 
@@ -43,6 +45,7 @@ type NamespaceMachine struct {
 	opts       NamespaceOptions
 	network    *netdev.Network // nil in rootless mode
 	namespaces *namespace.Machine
+	claim      net.Listener // of the network's name; nil before Setup
 }
 
 // Every slot has a range of user ids of its own, in the part of the number space that systemd's conventions leave unused
@@ -95,10 +98,22 @@ func (m *NamespaceMachine) Slots() int {
 	return min(m.network.Capacity(), uidSlots)
 }
 
-// Setup puts the host's table in place.
+// Setup makes sure that nobody else on this host uses the same names, and puts the host's table in place. Without the first, a node
+// that starts would take another's sandboxes for leftovers and remove them.
 func (m *NamespaceMachine) Setup(ctx context.Context) error {
 	if m.network == nil {
 		return nil
+	}
+	if m.claim == nil {
+		// An abstract socket: it belongs to the network namespace, as the devices do, and goes with the process.
+		claim, err := net.Listen("unix", "@sluice-network-"+m.opts.Network.NamePrefix)
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("another node on this host uses the network name %q: stop it, or give this one its own", m.opts.Network.NamePrefix)
+		}
+		if err != nil {
+			return fmt.Errorf("claim the network name %q: %w", m.opts.Network.NamePrefix, err)
+		}
+		m.claim = claim
 	}
 	return m.network.Setup(ctx)
 }
@@ -108,7 +123,15 @@ func (m *NamespaceMachine) Close(ctx context.Context) error {
 	if m.network == nil {
 		return nil
 	}
-	return m.network.Close(ctx)
+	return errors.Join(m.network.Close(ctx), m.Release())
+}
+
+// Release gives up the names; the table stays, for the sandboxes that do.
+func (m *NamespaceMachine) Release() error {
+	if m.claim == nil {
+		return nil
+	}
+	return m.claim.Close()
 }
 
 // Start makes the network, fences it, and only then starts the first process in it.

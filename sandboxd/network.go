@@ -42,7 +42,9 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id string, n Network) error
 	}
 	rec := old
 	n = n.clone()
-	rec.Sandbox.Network.AllowInternetAccess, rec.Sandbox.Network.AllowOut, rec.Sandbox.Network.DenyOut = n.AllowInternetAccess, n.AllowOut, n.DenyOut
+	rec.Sandbox.Network.AllowInternetAccess = n.AllowInternetAccess
+	rec.Sandbox.Network.AllowOut = n.AllowOut
+	rec.Sandbox.Network.DenyOut = n.DenyOut
 
 	apply := func(ctx context.Context, p egress.Policy) error {
 		if err := l.instance.SetFence(ctx, p); err != nil {

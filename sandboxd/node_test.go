@@ -388,6 +388,18 @@ func TestCreateFailsAndLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestCreateHidesWhatPartsSay: a part's "invalid" or "not found" is about what we gave it, not about the client's request.
+func TestCreateHidesWhatPartsSay(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		n.host.setFail("start", errs.New(errs.Invalid, "directory /var/lib/secret is not one"))
+		_, err := n.m.Create(t.Context(), spec(time.Minute))
+		wantError(t, "Create", err, errs.Internal, "Failed to place sandbox")
+		if strings.Contains(errs.Message(err), "secret") {
+			t.Errorf("the client is told %q", errs.Message(err))
+		}
+	})
+}
+
 func TestCreateRefusesBadInput(t *testing.T) {
 	bubble(t, func(t *testing.T, n *node) {
 		tests := map[string]struct {
@@ -636,7 +648,8 @@ func TestMetricsAreSampled(t *testing.T) {
 		}
 		n.host.holdNothing()
 		time.Sleep(90 * time.Minute)
-		if got, _ := n.m.Metrics(t.Context(), sb.ID); len(got) != samplesKept || !slices.IsSortedFunc(got, func(a, b Metrics) int { return a.Time.Compare(b.Time) }) {
+		inOrder := func(a, b Metrics) int { return a.Time.Compare(b.Time) }
+		if got, _ := n.m.Metrics(t.Context(), sb.ID); len(got) != samplesKept || !slices.IsSortedFunc(got, inOrder) {
 			t.Errorf("%d samples, want the last %d in order", len(got), samplesKept)
 		}
 	})

@@ -501,6 +501,32 @@ func TestRestartKeepsSandboxes(t *testing.T) {
 	}
 }
 
+// TestTwoNodesOfOneNetworkName: the second would remove the sandboxes of the first.
+func TestTwoNodesOfOneNetworkName(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	first, second := newRealNode(t), newRealNode(t)
+	second.prefix = first.prefix
+	m, err := first.manager()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.machine.Setup(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	other, err := second.manager()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "another node on this host uses the network name") {
+		t.Errorf("Run() of the second node = %v", err)
+	}
+	if err := m.machine.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestMachines runs the suite of machines over the real ones.
 func TestMachines(t *testing.T) {
 	if !inside(t) {
@@ -518,7 +544,7 @@ func TestMachines(t *testing.T) {
 				t.Fatal(err)
 			}
 			testMachine(t, m.machine, n.dir)
-			if err := errors.Join(os.Mkdir(filepath.Join(n.dir, "state", "sandboxes"), 0o711), os.RemoveAll(filepath.Join(n.dir, "ihalf"))); err != nil {
+			if err := os.Mkdir(filepath.Join(n.dir, "state", "sandboxes"), 0o711); err != nil {
 				t.Fatal(err)
 			}
 			if left := n.leftovers(t, []string{n.prefix, n.dir}); len(left) > 0 {

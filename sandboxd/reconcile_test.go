@@ -56,7 +56,8 @@ func TestCrashAtEveryStep(t *testing.T) {
 					return
 				}
 				got, err := image.m.Get(sb.ID)
-				if err != nil || got.Generation != sb.Generation || !got.EndAt.Equal(sb.EndAt) || got.Nonce != sb.Nonce || got.Network.MaskRequestHost != sb.Network.MaskRequestHost {
+				if err != nil || got.Generation != sb.Generation || !got.EndAt.Equal(sb.EndAt) || got.Nonce != sb.Nonce ||
+					got.Network.MaskRequestHost != sb.Network.MaskRequestHost {
 					t.Errorf("Get() after the crash = %+v, %v, want %+v", got, err, sb)
 				}
 				if p, ok := image.cat.route(sb.ID); !ok || !p.equal(routeOf(sb)) {

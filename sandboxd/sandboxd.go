@@ -268,5 +268,8 @@ func (m *Manager) releaseAll() error {
 			failures = append(failures, fmt.Errorf("let go of sandbox %s: %w", l.id, err))
 		}
 	}
+	if err := m.machine.Release(); err != nil {
+		failures = append(failures, fmt.Errorf("let go of the %s machine: %w", m.machine.Name(), err))
+	}
 	return errors.Join(failures...)
 }

@@ -72,7 +72,8 @@ func (t templates) find(reference string) (tmpl Template, alias string, err erro
 // parseTemplate splits a template reference into its name, with the namespace if there is one, and its tag, which is "default"
 // when not given.
 func parseTemplate(reference string) (name, tag string, err error) {
-	invalid := errs.New(errs.Invalid, "invalid template reference %q: want [namespace/]alias[:tag] of letters, digits, '-', '_' and '.'", clip(reference))
+	invalid := errs.New(errs.Invalid, "invalid template reference %q: want [namespace/]alias[:tag] of letters, digits, '-', '_' and '.'",
+		clip(reference))
 	if len(reference) > 256 {
 		return "", "", invalid
 	}
