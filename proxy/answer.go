@@ -1,8 +1,6 @@
 package proxy
 
-import (
-	"bytes"
-)
+import "bytes"
 
 // answerHead is an answer's head, parsed in place in the exchange's buffer.
 type answerHead struct {
@@ -98,8 +96,11 @@ func (a *answerHead) appendAnswer(dst []byte, rw *answerRewrite) []byte {
 		case fieldConnection, fieldHopByHop, fieldTE:
 			continue
 		case fieldUpgrade:
-			// An offer (RFC 9110, 7.8) that we would not carry is not passed on; an agreed one is said below.
-			continue
+			// An offer (RFC 9110, 7.8) may be one that we would not carry, and an agreement is said below. Only a 426 is
+			// nothing without it.
+			if a.status != 426 {
+				continue
+			}
 		case fieldLocation, fieldAllowOrigin:
 			if from, to, ok := authorityOf(l.value); ok && len(rw.mask) > 0 && sameFold(l.value[from:to], rw.mask) {
 				dst = append(dst, l.name...)

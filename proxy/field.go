@@ -17,7 +17,7 @@ const (
 	fieldUpgrade
 
 	// What only the edge may say to a sandbox, or what the sandbox must not see.
-	fieldForwarded // Forwarded, X-Forwarded-*, X-Real-Ip
+	fieldForwarded // Forwarded, X-Forwarded-*, X-Real-Ip; and Sluice-*, in which our own parts speak to each other
 	fieldSandboxID
 	fieldSandboxPort
 	fieldTrafficToken
@@ -119,7 +119,7 @@ func fieldOf(name []byte) field {
 			return fieldAllowOrigin
 		}
 	}
-	if hasPrefixFold(name, "x-forwarded-") {
+	if hasPrefixFold(name, "x-forwarded-") || hasPrefixFold(name, "sluice-") {
 		return fieldForwarded
 	}
 	if hasPrefixFold(name, "proxy-") {

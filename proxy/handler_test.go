@@ -33,7 +33,7 @@ func TestRequestHeadOnTheWire(t *testing.T) {
 			"our credentials and a stranger's claims go", "3000-isv.sluice.test",
 			"GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nE2b-Traffic-Access-Token: x\r\nE2B-SANDBOX-ID: other\r\n" +
 				"e2b-sandbox-port: 1\r\nX-Access-Token: envd\r\nX-Forwarded-For: 6.6.6.6\r\nX-Forwarded-Port: 1\r\n" +
-				"Forwarded: for=6.6.6.6\r\nX-Real-IP: 6.6.6.6\r\nAuthorization: stays\r\n",
+				"Forwarded: for=6.6.6.6\r\nX-Real-IP: 6.6.6.6\r\nsluice-Forwarded-By: x\r\nAuthorization: stays\r\n",
 			"GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nAuthorization: stays\r\n",
 		},
 		{

@@ -160,6 +160,7 @@ func TestAnswersOnTheWire(t *testing.T) {
 		{name: "pitfall 5: no framing", method: "GET", fresh: true, closes: true,
 			answer: "HTTP/1.0 200 OK\r\n\r\nuntil the end",
 			want:   "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nuntil the end"},
+		{name: "426 says to what", method: "GET", answer: "HTTP/1.1 426 Upgrade Required\r\nUpgrade: websocket\r\nContent-Length: 0\r\n\r\n"},
 		{name: "a cookie's bytes", method: "GET",
 			answer: "HTTP/1.1 200 OK\r\nSet-Cookie: a=b;  Path=/\r\nset-cookie: c=\xc3\xa9\r\nContent-Length: 0\r\n\r\n"},
 		{name: "compressed bytes", method: "GET",
