@@ -44,15 +44,18 @@ func (s *RedisStore) listen(ctx context.Context, emit func(Event)) {
 	if ctx.Err() != nil {
 		return
 	}
-	if heard {
-		emit(Event{Kind: Lost})
-	}
-	if errors.Is(err, errSilent) {
+	switch {
+	case !heard:
+		s.log.Debug("route subscription not made", zap.Error(err)) // what was to be said was said when it was lost
+	case errors.Is(err, errSilent):
 		s.silences.Inc()
-	} else {
+	default:
 		s.drops.Inc()
 	}
-	s.log.Warn("route subscription lost, known routes are suspect", zap.Error(err))
+	if heard {
+		s.log.Warn("route subscription lost, known routes are suspect", zap.Error(err))
+		emit(Event{Kind: Lost})
+	}
 	select {
 	case <-ctx.Done():
 	case <-time.After(resubscribeDelay):
