@@ -202,6 +202,27 @@ func TestAPIPassesWhole(t *testing.T) {
 	}
 }
 
+// On a developer's machine a bare address that names no sandbox is the API; elsewhere it is nothing.
+func TestBareAPI(t *testing.T) {
+	b := echoHead(t)
+	e := startEdge(t, func(o *Options) {
+		o.BareAPI = true
+		o.API = func(ctx context.Context, _ string) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", b.addr) }
+	})
+	for host, status := range map[string]int{"127.0.0.1:1": 200, "localhost": 200, "[::1]:1": 200, "sluice.test": 400} {
+		c := e.connect(t)
+		c.write("GET /health HTTP/1.1\r\nHost: " + host + "\r\n\r\n")
+		if resp, body := c.response("GET"); resp.StatusCode != status {
+			t.Errorf("%s: %d %s", host, resp.StatusCode, body)
+		}
+	}
+	c := e.connect(t)
+	c.write("GET /health HTTP/1.1\r\nHost: localhost\r\nE2b-Sandbox-Id: isv\r\n\r\n")
+	if resp, body := c.response("GET"); resp.StatusCode != 400 || body != "missing header" {
+		t.Errorf("half a name: %d %s", resp.StatusCode, body)
+	}
+}
+
 func TestHTTPSPort(t *testing.T) {
 	tlsOnly := errors.New("asked for TLS")
 	e := startEdge(t, func(o *Options) {
