@@ -72,7 +72,11 @@ type benchSandbox struct {
 }
 
 func (c *benchClient) create(ctx context.Context, network map[string]any) (benchSandbox, error) {
-	body, err := json.Marshal(map[string]any{"templateID": "base", "network": network})
+	request := map[string]any{"templateID": "base"}
+	if network != nil {
+		request["network"] = network
+	}
+	body, err := json.Marshal(request)
 	if err != nil {
 		return benchSandbox{}, err
 	}

@@ -2,12 +2,14 @@ package daemon
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/url"
 	"os"
 	"syscall"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 	"go.uber.org/zap"
@@ -30,13 +32,26 @@ func ReadClusterKey(file string) ([]byte, error) {
 	return key, nil
 }
 
-// redisPoolSize is fixed: edges mostly read from memory, and a size by CPU count exhausts Redis on large hosts.
-const redisPoolSize = 32
+const (
+	// redisPoolSize is fixed: edges mostly read from memory, and a size by CPU count exhausts Redis on large hosts.
+	redisPoolSize = 32
+	// redisTimeout bounds one dial, read or write. A Redis that accepts and says nothing must look like one that is down
+	// before a client's patience ends.
+	redisTimeout = time.Second
+)
+
+// redisSilence drops what go-redis would print on standard error by itself: every failure also comes back as an error, and is
+// logged where it is understood.
+type redisSilence struct{}
+
+// Printf implements go-redis's logger.
+func (redisSilence) Printf(context.Context, string, ...any) {}
 
 // OpenRedis makes a client for a redis:// or rediss:// URL: of one server, of a Sentinel group when the URL has ?master_name=,
 // or of a cluster when it has ?addr= (further nodes). Nothing is dialled yet: a Redis that is down at start is like one that
 // goes down later.
 func OpenRedis(rawURL string) (redis.UniversalClient, error) {
+	redis.SetLogger(redisSilence{})
 	client, err := parseRedis(rawURL)
 	if err != nil {
 		return nil, fmt.Errorf("-redis: %w", withoutURL(err))
@@ -55,21 +70,24 @@ func parseRedis(rawURL string) (redis.UniversalClient, error) {
 		if err != nil {
 			return nil, err
 		}
-		opts.PoolSize = redisPoolSize
+		opts.PoolSize, opts.ContextTimeoutEnabled = redisPoolSize, true
+		opts.DialTimeout, opts.ReadTimeout, opts.WriteTimeout = redisTimeout, redisTimeout, redisTimeout
 		return redis.NewFailoverClient(opts), nil
 	case query.Has("addr"):
 		opts, err := redis.ParseClusterURL(rawURL)
 		if err != nil {
 			return nil, err
 		}
-		opts.PoolSize = redisPoolSize
+		opts.PoolSize, opts.ContextTimeoutEnabled = redisPoolSize, true
+		opts.DialTimeout, opts.ReadTimeout, opts.WriteTimeout = redisTimeout, redisTimeout, redisTimeout
 		return redis.NewClusterClient(opts), nil
 	}
 	opts, err := redis.ParseURL(rawURL)
 	if err != nil {
 		return nil, err
 	}
-	opts.PoolSize = redisPoolSize
+	opts.PoolSize, opts.ContextTimeoutEnabled = redisPoolSize, true
+	opts.DialTimeout, opts.ReadTimeout, opts.WriteTimeout = redisTimeout, redisTimeout, redisTimeout
 	return redis.NewClient(opts), nil
 }
 
