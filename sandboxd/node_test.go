@@ -359,10 +359,10 @@ func TestCreateFailsAndLeavesNothing(t *testing.T) {
 				}
 			})
 		})
+		if what == "publish" || what == "commit" {
+			continue // these do not wait for a context of ours
+		}
 		t.Run(what+" hangs and the client goes away", func(t *testing.T) {
-			if what == "publish" || what == "commit" {
-				t.Skip("not a step that waits for a context of ours")
-			}
 			bubble(t, func(t *testing.T, n *node) {
 				n.host.holdUp(what)
 				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -373,9 +373,6 @@ func TestCreateFailsAndLeavesNothing(t *testing.T) {
 			})
 		})
 		t.Run(what+" hangs for ever", func(t *testing.T) {
-			if what == "publish" || what == "commit" {
-				t.Skip("not a step that waits for a context of ours")
-			}
 			bubble(t, func(t *testing.T, n *node) {
 				n.host.holdUp(what)
 				_, err := n.m.Create(t.Context(), spec(time.Minute))

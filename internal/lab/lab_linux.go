@@ -116,6 +116,10 @@ func awaitCarrier(name string) error {
 
 // cableHost makes the cable and gives the host's end its addresses and its way out.
 func (l *Lab) cableHost() error {
+	// A host as it comes: a new namespace inherits the IPv4 settings of the machine, which may be a node.
+	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0); err != nil {
+		return err
+	}
 	cable := &netlink.Veth{
 		LinkAttrs:     netlink.LinkAttrs{Name: "wan0"},
 		PeerName:      "lan0",

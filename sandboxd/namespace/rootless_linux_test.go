@@ -53,8 +53,8 @@ func testRootless(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(strings.Join(m.Limitations(), "\n"), "rootless") {
-		t.Errorf("Limitations = %q, want them to say rootless", m.Limitations())
+	if !strings.Contains(strings.Join(m.Limitations(), "\n"), "without root egress is off") {
+		t.Errorf("Limitations = %q, want them to say what is missing without root", m.Limitations())
 	}
 	b := startBox(t, m, func(s *Spec) { s.UIDBase = 0 })
 	check := func(line, want string) {

@@ -21,6 +21,8 @@ type sysctl struct {
 // guestSysctls are set inside, before eth0 exists.
 func guestSysctls(ipv6 bool) []sysctl {
 	settings := []sysctl{
+		// A new namespace inherits the host's IPv4 settings, and a node forwards. First, because it resets others.
+		{path: "ipv4/ip_forward", value: "0"},
 		{path: "ipv4/ip_unprivileged_port_start", value: "0"},       // port 80 for everyone: who else would want it
 		{path: "ipv4/ping_group_range", value: "0 2147483647"},      // ping without privilege
 		{path: "ipv4/conf/all/accept_redirects", value: "0"},        // the way out is fixed
