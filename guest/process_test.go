@@ -71,7 +71,7 @@ func sh(script string) *process.StartRequest {
 	return &process.StartRequest{Process: &process.ProcessConfig{Cmd: "/bin/sh", Args: []string{"-c", script}}}
 }
 
-func (s *sandbox) start(t *testing.T, ctx context.Context, req *process.StartRequest, user string) *connect.ServerStreamForClient[process.StartResponse] {
+func (s *sandbox) start(ctx context.Context, t *testing.T, req *process.StartRequest, user string) *connect.ServerStreamForClient[process.StartResponse] {
 	t.Helper()
 	r := connect.NewRequest(req)
 	if user != "" {
@@ -92,7 +92,7 @@ func basic(user string) string {
 
 func (s *sandbox) run(t *testing.T, script, user string) outcome {
 	t.Helper()
-	return collect(s.start(t, t.Context(), sh(script), user), nil)
+	return collect(s.start(t.Context(), t, sh(script), user), nil)
 }
 
 func byPID(pid uint32) *process.ProcessSelector {
@@ -126,12 +126,12 @@ func TestRunCommand(t *testing.T) {
 	}
 	req := sh("pwd; env | sort")
 	req.Process.Envs = map[string]string{"BOTH": "request", "X": "a=b c"}
-	o = collect(s.start(t, t.Context(), req, ""), nil)
+	o = collect(s.start(t.Context(), t, req, ""), nil)
 	want := s.home + "\nBOTH=request\nFROM_INIT=1\nHOME=" + s.home + "\nLOGNAME=user\nPATH=" + defaultPath + "\nPWD=" + s.home + "\nUSER=user\nX=a=b c\n"
 	if o.stdout != want {
 		t.Errorf("environment = %q, want %q", o.stdout, want)
 	}
-	o = collect(s.start(t, t.Context(), &process.StartRequest{Process: &process.ProcessConfig{Cmd: "echo", Args: []string{"by", "PATH"}}}, ""), nil)
+	o = collect(s.start(t.Context(), t, &process.StartRequest{Process: &process.ProcessConfig{Cmd: "echo", Args: []string{"by", "PATH"}}}, ""), nil)
 	if o.stdout != "by PATH\n" {
 		t.Errorf("by PATH: %+v", o)
 	}
@@ -187,7 +187,7 @@ func TestStartRefusals(t *testing.T) {
 	s := startAgent(t)
 	check := func(name string, req *process.StartRequest, user string, code connect.Code, text string) {
 		t.Helper()
-		o := collect(s.start(t, t.Context(), req, user), nil)
+		o := collect(s.start(t.Context(), t, req, user), nil)
 		wantCode(t, o.err, code)
 		if o.err != nil && !strings.Contains(o.err.Error(), text) {
 			t.Errorf("%s: error = %v, want %q in it", name, o.err, text)
@@ -255,7 +255,7 @@ func TestStdin(t *testing.T) {
 	tag := "my tag"
 	req := sh("cat; echo end; exec sleep 600")
 	req.Tag = &tag
-	stream := s.start(t, t.Context(), req, "")
+	stream := s.start(t.Context(), t, req, "")
 	selector := &process.ProcessSelector{Selector: &process.ProcessSelector_Tag{Tag: tag}}
 	closeStdin := func() {
 		t.Helper()
@@ -304,7 +304,7 @@ func TestStdin(t *testing.T) {
 	no := false
 	req = sh("cat; echo end")
 	req.Stdin = &no
-	if o := collect(s.start(t, t.Context(), req, ""), nil); o.stdout != "end\n" {
+	if o := collect(s.start(t.Context(), t, req, ""), nil); o.stdout != "end\n" {
 		t.Errorf("without stdin: %+v", o)
 	}
 }
@@ -312,7 +312,7 @@ func TestStdin(t *testing.T) {
 // Input that a process does not read must not outlive the call that brought it, nor hold up the next one for ever.
 func TestStdinThatNobodyReads(t *testing.T) {
 	s := startAgent(t)
-	stream := s.start(t, t.Context(), sh("sleep 600"), "")
+	stream := s.start(t.Context(), t, sh("sleep 600"), "")
 	o := collect(stream, func(o *outcome) {
 		if o.end != nil {
 			return
@@ -341,7 +341,7 @@ func TestPTY(t *testing.T) {
 	req := sh(`stty size; [ -O "$(tty)" ] && echo mine; read x; stty size; echo got $x`)
 	req.Pty = &process.PTY{Size: &process.PTY_Size{Cols: 91, Rows: 31}}
 	sent := false
-	o := collect(s.start(t, t.Context(), req, ""), func(o *outcome) {
+	o := collect(s.start(t.Context(), t, req, ""), func(o *outcome) {
 		if sent || !strings.Contains(o.pty, "mine\r\n") {
 			return
 		}
@@ -361,7 +361,7 @@ func TestPTY(t *testing.T) {
 	if want := "31 91\r\nmine\r\nhello\r\n40 100\r\ngot hello\r\n"; o.pty != want || o.end.GetExitCode() != 0 {
 		t.Errorf("pty = %q, want %q; %+v", o.pty, want, o)
 	}
-	o = collect(s.start(t, t.Context(), sh("exec sleep 600"), ""), func(o *outcome) {
+	o = collect(s.start(t.Context(), t, sh("exec sleep 600"), ""), func(o *outcome) {
 		if o.end != nil {
 			return
 		}
@@ -381,7 +381,7 @@ func TestSignals(t *testing.T) {
 	s := startAgent(t)
 	wantCode(t, s.signal(t, byPID(1<<30), process.Signal_SIGNAL_SIGKILL), connect.CodeNotFound)
 	wantCode(t, s.signal(t, nil, process.Signal_SIGNAL_SIGKILL), connect.CodeInvalidArgument)
-	o := collect(s.start(t, t.Context(), sh("trap 'echo term; exit 7' TERM; echo ready; while :; do sleep 0.01; done"), ""), func(o *outcome) {
+	o := collect(s.start(t.Context(), t, sh("trap 'echo term; exit 7' TERM; echo ready; while :; do sleep 0.01; done"), ""), func(o *outcome) {
 		if o.stdout != "ready\n" || o.end != nil {
 			return
 		}
@@ -400,7 +400,7 @@ func TestSignals(t *testing.T) {
 func TestKillReachesTheGroup(t *testing.T) {
 	s := startAgent(t)
 	var child int
-	o := collect(s.start(t, t.Context(), sh("sleep 600 & echo $!; wait"), ""), func(o *outcome) {
+	o := collect(s.start(t.Context(), t, sh("sleep 600 & echo $!; wait"), ""), func(o *outcome) {
 		if child != 0 || !strings.HasSuffix(o.stdout, "\n") {
 			return
 		}
@@ -443,7 +443,7 @@ func TestDisconnectDoesNotKill(t *testing.T) {
 	s := startAgent(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	var pid uint32
-	collect(s.start(t, ctx, sh("echo ready; read x; echo late $x; exit 5"), ""), func(o *outcome) {
+	collect(s.start(ctx, t, sh("echo ready; read x; echo late $x; exit 5"), ""), func(o *outcome) {
 		pid = o.pid
 		if o.stdout != "" {
 			cancel()
@@ -513,7 +513,7 @@ func TestClientThatDoesNotRead(t *testing.T) {
 	mark := filepath.Join(s.home, "mark")
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	stream := s.start(t, ctx, sh("head -c 100000000 /dev/zero; echo done > "+mark), "")
+	stream := s.start(ctx, t, sh("head -c 100000000 /dev/zero; echo done > "+mark), "")
 	if !stream.Receive() {
 		t.Fatal(stream.Err())
 	}

@@ -70,7 +70,7 @@ func (c *Conn) LocalAddr() net.Addr { return c.conn.LocalAddr() }
 // RemoteAddr is the node's address.
 func (c *Conn) RemoteAddr() net.Addr { return c.conn.RemoteAddr() }
 
-// SetDeadline, like the other two, holds until the connection is released.
+// SetDeadline holds, like the other two, until the connection is released.
 func (c *Conn) SetDeadline(t time.Time) error {
 	c.deadline = true
 	return c.conn.SetDeadline(t)

@@ -198,13 +198,13 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn) {
 		return
 	}
 	if verdict != Open {
-		s.answer(edge, verdict)
-		_ = edge.Close() // the verdict is said; there is nothing else to lose
+		_ = s.answer(edge, verdict) // an edge that does not hear it has gone
+		_ = edge.Close()            // the verdict is said; there is nothing else to lose
 		return
 	}
 	guest, entry, verdict := s.open(ctx, lifecycle{p.sandbox, p.generation}, p.port, edge)
 	if verdict != Open {
-		s.answer(edge, verdict)
+		_ = s.answer(edge, verdict) // as above
 		_ = edge.Close()
 		return
 	}

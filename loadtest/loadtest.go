@@ -88,7 +88,7 @@ func (o *Options) validate() error {
 		}
 	}
 	if _, _, err := net.SplitHostPort(o.Addr); err != nil {
-		problems = append(problems, fmt.Errorf("Addr %q: %w", o.Addr, err))
+		problems = append(problems, fmt.Errorf("option Addr %q: %w", o.Addr, err))
 	}
 	check(o.Rate > 0 && o.Rate <= maxRate, "Rate %v: want more than 0, at most %d", o.Rate, maxRate)
 	check(o.Duration > 0, "Duration %v: want more than 0", o.Duration)

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"bytes"
-	"errors"
 )
 
 // Heads are read strictly: what two parsers could read in two ways is refused, never repaired. One parser of lines serves
@@ -12,9 +11,6 @@ import (
 type malformed string
 
 func (m malformed) Error() string { return string(m) }
-
-// errIncomplete says that the head has not arrived whole.
-var errIncomplete = errors.New("incomplete head")
 
 // maxLines bounds the header lines of a head; browsers send about 30.
 const maxLines = 200

@@ -524,7 +524,7 @@ func TestPitfall15BodiesAreStreamed(t *testing.T) {
 	e := startEdge(t)
 	e.sandbox(t, routing.Route{Sandbox: "isv"}, map[uint16]string{3000: addr})
 	for _, chunked := range []bool{false, true} {
-		body := io.Reader(io.LimitReader(pattern{}, size))
+		body := io.LimitReader(pattern{}, size)
 		req, _ := http.NewRequest("PUT", "http://3000-isv.sluice.test/", body)
 		if !chunked {
 			req.ContentLength = size

@@ -88,9 +88,12 @@ func (h *Handler) Serve(ctx context.Context, ln net.Listener) error {
 		NoDefaultServerHeader:         true,
 		SecureErrorLogMessage:         true, // a head holds credentials
 	}
-	served := make(chan error, 1)
+	served := make(chan struct{})
 	l := &listener{Listener: ln, srv: s, stop: ctx.Done()}
-	jobs.Go(func() { served <- fast.Serve(l) })
+	jobs.Go(func() {
+		defer close(served)
+		_ = fast.Serve(l) // only a closed listener ends it, and says no more than that
+	})
 	select {
 	case <-ctx.Done():
 		_ = l.Close()

@@ -207,7 +207,9 @@ func TestBareAPI(t *testing.T) {
 	b := echoHead(t)
 	e := startEdge(t, func(o *Options) {
 		o.BareAPI = true
-		o.API = func(ctx context.Context, _ string) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", b.addr) }
+		o.API = func(ctx context.Context, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", b.addr)
+		}
 	})
 	for host, status := range map[string]int{"127.0.0.1:1": 200, "localhost": 200, "[::1]:1": 200, "sluice.test": 400} {
 		c := e.connect(t)

@@ -446,7 +446,7 @@ func (x *exchange) pass() error {
 	x.keep = c.head.persistent() && a.framing != framingClose && !c.srv.draining.Load()
 	x.status = a.status
 	aw := x.answerRewrite()
-	out := a.raw
+	var out []byte
 	if a.untouched(&aw) {
 		out = x.in[x.r-len(a.raw) : x.r+first]
 	} else {

@@ -33,12 +33,12 @@ func TestAllocations(t *testing.T) {
 		"localhost:8080", "127.0.0.1:8080", "", "0-i.example.dev", "1-_.example.dev", "1-i.evil.test", "user@example.dev",
 	} {
 		input := []byte(host)
-		if got := testing.AllocsPerRun(100, func() { hosts.Parse(input) }); got != 0 { //nolint:errcheck // counted, not judged
+		if got := testing.AllocsPerRun(100, func() { hosts.Parse(input) }); got != 0 { // counted, not judged
 			t.Errorf("Parse(%q) allocates %v times, want 0", host, got)
 		}
 	}
 	id, port := []byte("i0123456789abcdefghij"), []byte("49983")
-	if got := testing.AllocsPerRun(100, func() { ParseHeaders(id, port) }); got != 0 { //nolint:errcheck // counted, not judged
+	if got := testing.AllocsPerRun(100, func() { ParseHeaders(id, port) }); got != 0 { // counted, not judged
 		t.Errorf("ParseHeaders allocates %v times, want 0", got)
 	}
 
@@ -46,11 +46,11 @@ func TestAllocations(t *testing.T) {
 	for _, sandbox := range []string{"i0123456789abcdefghij", "i" + strings.Repeat("0", maxSandboxID-1)} {
 		table := settledTable(t, sandbox)
 		name, absent := []byte(sandbox), []byte(sandbox[:len(sandbox)-1]+"z")
-		if got := testing.AllocsPerRun(1000, func() { table.Resolve(t.Context(), name, client) }); got != 0 { //nolint:errcheck // counted, not judged
+		if got := testing.AllocsPerRun(1000, func() { table.Resolve(t.Context(), name, client) }); got != 0 { // counted, not judged
 			t.Errorf("a hit on a name of %d characters allocates %v times, want 0", len(name), got)
 		}
-		table.Resolve(t.Context(), absent, client)                                                              //nolint:errcheck // it becomes known as absent
-		if got := testing.AllocsPerRun(1000, func() { table.Resolve(t.Context(), absent, client) }); got != 0 { //nolint:errcheck // counted, not judged
+		table.Resolve(t.Context(), absent, client)                                                              // it becomes known as absent
+		if got := testing.AllocsPerRun(1000, func() { table.Resolve(t.Context(), absent, client) }); got != 0 { // counted, not judged
 			t.Errorf("a known absence allocates %v times, want 0", got)
 		}
 	}

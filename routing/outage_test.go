@@ -155,7 +155,7 @@ func newOutage(t *testing.T) *outage {
 	t.Cleanup(func() {
 		cancel()
 		jobs.Wait()
-		edge.Close() //nolint:errcheck // the test is over
+		edge.Close() // the test is over
 	})
 	o.eventually("the lease is written", func() bool {
 		_, err := o.node.Node(t.Context(), "n1")
@@ -167,7 +167,7 @@ func newOutage(t *testing.T) *outage {
 func (o *outage) renew(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	o.node.PutNode(ctx, routing.Node{ID: "n1", LinkAddr: "n1:1"}, 3*time.Second) //nolint:errcheck // Redis is away on purpose
+	o.node.PutNode(ctx, routing.Node{ID: "n1", LinkAddr: "n1:1"}, 3*time.Second) // Redis is away on purpose
 }
 
 func (o *outage) put(generation uint64) {
@@ -319,7 +319,7 @@ func TestWatchResubscribes(t *testing.T) {
 		server := routingtest.StartRedis(t)
 		silent := new(wire)
 		client := redis.NewClient(&redis.Options{Addr: server.Addr, Dialer: silent.dial, ContextTimeoutEnabled: true})
-		t.Cleanup(func() { client.Close() }) //nolint:errcheck // the test is over
+		t.Cleanup(func() { client.Close() }) // the test is over
 		store := routing.NewRedisStore(client, routing.RedisOptions{})
 		w := routingtest.StartWatch(t, store)
 		w.Want(t, routing.Lost, "")

@@ -15,7 +15,7 @@ func BenchmarkParse(b *testing.B) {
 			b.ReportAllocs()
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
-					hosts.Parse(input) //nolint:errcheck // one of the hosts is bad on purpose
+					hosts.Parse(input) // one of the hosts is bad on purpose
 				}
 			})
 		})
@@ -28,7 +28,7 @@ func BenchmarkResolve(b *testing.B) {
 		b.Run(fmt.Sprint(count), func(b *testing.B) {
 			store := NewMemoryStore()
 			table := NewTable(store, TableOptions{})
-			go table.Run(b.Context()) //nolint:errcheck // it ends with the benchmark
+			go table.Run(b.Context()) // it ends with the benchmark
 			client := netip.MustParseAddr("192.0.2.1")
 			if err := store.PutNode(b.Context(), Node{ID: "n1", LinkAddr: "a:1"}, time.Hour); err != nil {
 				b.Fatal(err)
@@ -39,7 +39,7 @@ func BenchmarkResolve(b *testing.B) {
 				if err := store.PutRoute(b.Context(), sample(string(names[i]), "n1", 1)); err != nil {
 					b.Fatal(err)
 				}
-				table.Resolve(b.Context(), names[i], client) //nolint:errcheck // warms the cache
+				table.Resolve(b.Context(), names[i], client) // warms the cache
 			}
 			b.ReportAllocs()
 			b.ResetTimer()

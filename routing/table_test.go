@@ -252,7 +252,7 @@ func TestTableReadOutlivesItsFirstCaller(t *testing.T) {
 		t.store.set(func(s *flakyStore) { s.gate = gate })
 		ctx, cancel := context.WithCancel(t.Context())
 		var callers sync.WaitGroup
-		callers.Go(func() { t.table.Resolve(ctx, []byte("isb"), someone) }) //nolint:errcheck // it hangs up
+		callers.Go(func() { t.table.Resolve(ctx, []byte("isb"), someone) }) // it hangs up
 		synctest.Wait()
 		callers.Go(func() { t.want("isb", "n1 1") })
 		synctest.Wait()
@@ -690,7 +690,7 @@ func TestTableLimitsAScannerWhoHangsUp(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
 		for i := range 50 {
-			t.table.Resolve(ctx, fmt.Append(nil, "iscan", i), someone) //nolint:errcheck // it hangs up
+			t.table.Resolve(ctx, fmt.Append(nil, "iscan", i), someone) // it hangs up
 		}
 		synctest.Wait()
 		t.wantReads("50 questions of one who does not wait for answers", 10)

@@ -70,7 +70,7 @@ func (s *RedisStore) subscribeOnce(ctx context.Context, emit func(Event)) error 
 	sub := s.client.Subscribe(ctx)
 	var jobs sync.WaitGroup
 	defer jobs.Wait()
-	defer sub.Close() //nolint:errcheck // the connection is being thrown away
+	defer sub.Close() // the connection is being thrown away
 	defer cancel()
 	if err := sub.Subscribe(ctx, changesChannel, own); err != nil {
 		return fmt.Errorf("subscribe: %w", err)

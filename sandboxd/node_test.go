@@ -20,7 +20,6 @@ type node struct {
 	host *fakeHost
 	cat  *fakeCatalogue
 	dir  string
-	gone []string
 
 	m    *Manager
 	stop func() error // ends Run and returns its error; any number of times
@@ -250,7 +249,7 @@ func TestRefreshGivesAtLeastTheMinimum(t *testing.T) {
 			t.Fatal(err)
 		}
 		got, _ := n.m.Get(sb.ID)
-		if d := got.EndAt.Sub(time.Now()); d != 15*time.Second {
+		if d := time.Until(got.EndAt); d != 15*time.Second {
 			t.Errorf("ends in %v, want 15s", d)
 		}
 	})

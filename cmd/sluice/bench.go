@@ -160,7 +160,7 @@ func startBackend(ctx context.Context) (addr string, stop func(), err error) {
 	}
 	line := make([]byte, 64)
 	n, err := out.Read(line) // the backend writes its address in one piece
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		stop()
 		return "", nil, err
 	}

@@ -226,7 +226,7 @@ const netnsDir = "/run/netns"
 // prefixOf is the prefix of laboratory n of a process; deadPrefix reads the process from it.
 func prefixOf(pid int, n int32) string {
 	digits := strconv.FormatInt(int64(pid), 36)
-	return "lb" + strings.Repeat("0", 5-len(digits)) + digits + string('a'+rune(n)%26)
+	return "lb" + strings.Repeat("0", 5-len(digits)) + digits + string('a'+n%26)
 }
 
 var slotName = regexp.MustCompile(`^(lb([0-9a-z]{5})[a-z])-[0-9]+$`)

@@ -159,7 +159,7 @@ func (r *Redis) Client(t testing.TB) redis.UniversalClient {
 		WriteTimeout:          time.Second,
 	}
 	client := redis.NewUniversalClient(&opts)
-	t.Cleanup(func() { client.Close() }) //nolint:errcheck // the test is over
+	t.Cleanup(func() { client.Close() }) // the test is over
 	return client
 }
 

@@ -147,7 +147,7 @@ func (r Ruleset) standing(ns int) (have standing, err error) {
 }
 
 // boundary is an element as a string: the kernel gives them in its own order.
-func boundary(e nftables.SetElement) string { return fmt.Sprint(e.Key, e.IntervalEnd) }
+func boundary(e nftables.SetElement) string { return fmt.Sprintf("%x %v", e.Key, e.IntervalEnd) }
 
 func names[T any](list []T, name func(T) string) []string {
 	sorted := make([]string, len(list))

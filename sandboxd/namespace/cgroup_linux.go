@@ -254,7 +254,7 @@ func tryCgroup(dir, controller string) error {
 	if err := os.Mkdir(probe, 0o755); err != nil {
 		return err
 	}
-	defer unix.Rmdir(probe)
+	defer func() { _ = unix.Rmdir(probe) }() // it is empty
 	file := map[string]string{"memory": "memory.limit_in_bytes", "pids": "pids.max", "cpu": "cpu.cfs_quota_us"}[controller]
 	unified := map[string]string{"memory": "memory.max", "pids": "pids.max", "cpu": "cpu.max"}[controller]
 	for _, f := range []string{file, unified} {

@@ -165,8 +165,10 @@ func withUserNamespace(attr *syscall.SysProcAttr, use func(fd int) error) error 
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	defer cmd.Wait() //nolint:errcheck // its end is ours to bring about
-	defer cmd.Process.Kill()
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // killed is how it ends
+	}()
 	defer stdin.Close()
 	fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
