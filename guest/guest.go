@@ -39,12 +39,15 @@ const (
 	maxHeaderBytes = 128 << 10
 )
 
-// Options configure the agent. The zero value serves port 49983 and nothing else.
+// Options configure the agent. It wants a Control listener, or to be told that it may do without.
 type Options struct {
 	// Listen is the public listener; nil means port 49983 on every address, IPv4 and IPv6.
 	Listen net.Listener
-	// Control is the private listener for the node's calls; nil means none.
+	// Control is the private listener for the node's calls. Until the first init came over it, clients are answered 503: before that nobody
+	// has said whether there is a token, and no token means that everybody may do everything.
 	Control net.Listener
+	// Insecure serves clients without waiting for an init; Control may then be nil.
+	Insecure bool
 	// DefaultUser acts when a request names nobody and init named nobody; empty means "user", or root where there is no such user.
 	DefaultUser string
 	// Etc is the directory of passwd and group; empty means /etc.
@@ -68,6 +71,9 @@ type agent struct {
 
 // Run serves until ctx ends or a listener fails, then kills what it started.
 func Run(ctx context.Context, opts Options) error {
+	if opts.Control == nil && !opts.Insecure {
+		return errors.New("an agent without a control listener would never be given a token")
+	}
 	a := newAgent(opts)
 	listen := opts.Listen
 	if listen == nil {
@@ -126,6 +132,7 @@ func newAgent(opts Options) *agent {
 		pid1:      opts.PID1,
 	}
 	a.settings.fallbackUser = opts.DefaultUser
+	a.settings.now.ready = opts.Insecure
 	return a
 }
 

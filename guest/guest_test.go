@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -29,7 +30,16 @@ type sandbox struct {
 	files   filesystemconnect.FilesystemClient
 }
 
+// startAgent is an agent that was initialized, open to everybody.
 func startAgent(t *testing.T) *sandbox {
+	t.Helper()
+	s := startFresh(t)
+	mustInit(t, s, InitRequest{})
+	return s
+}
+
+// startFresh is an agent that no node has spoken to.
+func startFresh(t *testing.T) *sandbox {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "guest")
 	if err != nil {
@@ -124,7 +134,38 @@ func TestRunEndsWhenAListenerFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.Close()
-	if err := Run(t.Context(), Options{Listen: l}); !errors.Is(err, net.ErrClosed) {
+	if err := Run(t.Context(), Options{Listen: l, Insecure: true}); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Run() = %v, want %v", err, net.ErrClosed)
+	}
+}
+
+// Nothing is served, and nothing runs, before the node has said who may come in.
+func TestNothingIsServedBeforeInit(t *testing.T) {
+	s := startFresh(t)
+	for _, path := range []string{"GET /health", "GET /metrics", "GET /envs", "GET /files?path=/etc/passwd", "POST /files?path=/tmp/x", "POST /init",
+		"POST /process.Process/Start", "POST /process.Process/List", "POST /filesystem.Filesystem/ListDir", "GET /"} {
+		method, path, _ := strings.Cut(path, " ")
+		res, body := s.do(t, method, path, map[string]string{"Content-Type": "application/json"}, strings.NewReader("{}"))
+		if res.StatusCode != http.StatusServiceUnavailable || body != `{"code":503,"message":"the sandbox is starting"}` {
+			t.Errorf("%s %s = %d %s", method, path, res.StatusCode, body)
+		}
+	}
+	mustInit(t, s, InitRequest{AccessToken: "secret"})
+	if res, _ := s.do(t, "GET", "/health", nil, nil); res.StatusCode != http.StatusNoContent {
+		t.Errorf("health after init = %d", res.StatusCode)
+	}
+	if res, _ := s.do(t, "GET", "/envs", nil, nil); res.StatusCode != http.StatusUnauthorized {
+		t.Errorf("envs without the token = %d", res.StatusCode)
+	}
+}
+
+func TestRunWantsAControlListener(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := Run(t.Context(), Options{Listen: l}); err == nil {
+		t.Error("an agent that nobody can give a token runs")
 	}
 }

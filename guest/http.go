@@ -40,7 +40,19 @@ func (a *agent) publicHandler() http.Handler {
 	for _, path := range controlPaths {
 		outer.HandleFunc(path, serveNotFound)
 	}
-	return allowOrigins(outer)
+	return allowOrigins(a.awaitInit(outer))
+}
+
+// awaitInit lets nobody in before the node has said who may come, not even to ask for health: it would call well what cannot be used yet.
+func (a *agent) awaitInit(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !a.settings.get().ready {
+			w.Header().Set("Cache-Control", "no-store")
+			writeError(w, http.StatusServiceUnavailable, "the sandbox is starting")
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 func serveHealth(w http.ResponseWriter, _ *http.Request) {

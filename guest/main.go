@@ -2,9 +2,11 @@ package guest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math"
+	"net"
 	"os"
 	"os/signal"
 	"strconv"
@@ -13,8 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Main is the agent as a program: its control listener and its log level come from the environment, which its children do not see.
-func Main(ctx context.Context) error {
+// Main is the agent as a program: its control listener and its log level come from the environment, which its children do not see. Without
+// a control listener nobody could ever give it a token, so it runs only where insecure names an address to serve clients on all the same.
+func Main(ctx context.Context, insecure string) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	// What the agent makes in the sandbox has the modes that a login shell would give it.
@@ -22,6 +25,19 @@ func Main(ctx context.Context) error {
 	control, err := ControlListener()
 	if err != nil {
 		return fmt.Errorf("take over control socket: %w", err)
+	}
+	opts := Options{Control: control, PID1: os.Getpid() == 1}
+	switch {
+	case control == nil && insecure == "":
+		return fmt.Errorf("%s names no control socket: guestd is started by the node, inside a sandbox", ControlFDVariable)
+	case control != nil && insecure != "":
+		control.Close()
+		return errors.New("-insecure-listen is for an agent without a control socket")
+	case insecure != "":
+		opts.Insecure = true
+		if opts.Listen, err = net.Listen("tcp", insecure); err != nil {
+			return fmt.Errorf("listen for clients: %w", err)
+		}
 	}
 	// Whatever else the launcher left open stops here. A kernel without close_range is older than any that this runs on.
 	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
@@ -31,9 +47,6 @@ func Main(ctx context.Context) error {
 	if debug, _ := strconv.ParseBool(os.Getenv("SLUICE_GUEST_DEBUG")); debug {
 		level = slog.LevelDebug
 	}
-	return Run(ctx, Options{
-		Control: control,
-		PID1:    os.Getpid() == 1,
-		Log:     slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})),
-	})
+	opts.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	return Run(ctx, opts)
 }

@@ -23,6 +23,7 @@ type settings struct {
 
 // values are replaced whole; the map is never written again.
 type values struct {
+	ready   bool // somebody has said who may come in
 	env     map[string]string
 	token   string
 	user    string
@@ -43,6 +44,7 @@ func (s *settings) apply(req initRequest) bool {
 		return false
 	}
 	s.stamp = req.Timestamp
+	s.now.ready = true
 	if req.EnvVars != nil {
 		s.now.env = maps.Clone(*req.EnvVars)
 	}

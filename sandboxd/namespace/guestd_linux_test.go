@@ -47,9 +47,15 @@ func TestGuestd(t *testing.T) {
 		}
 		return string(out)
 	}
-	if out := inside("curl", "-s", "-m", "10", "-o", "/dev/null", "-w", "%{http_code}", "http://127.0.0.1:49983/health"); out != "204" {
-		t.Errorf("health on the port = %q, want 204", out)
+	health := func(want string) {
+		t.Helper()
+		if out := inside("curl", "-s", "-m", "10", "-o", "/dev/null", "-w", "%{http_code}", "http://127.0.0.1:49983/health"); out != want {
+			t.Errorf("health on the port = %q, want %s", out, want)
+		}
 	}
+	health("503")
+	b.init()
+	health("204")
 	start := `{"process":{"cmd":"/bin/bash","args":["-c","id -un; pwd; (sleep 0.01 &) ; python -c 'print(6*7)'"]},"stdin":false}`
 	for user, home := range map[string]string{"user": "/home/user", "root": "/root"} {
 		// The Connect envelope: a flag byte and four of length.

@@ -203,18 +203,35 @@ func (b *box) run(uid int, argv ...string) agentReply {
 	return r
 }
 
-func (b *box) tryRun(uid int, argv ...string) (agentReply, error) {
-	client := &http.Client{Transport: &http.Transport{
+// control talks to the agent as the node does.
+func (b *box) control() *http.Client {
+	return &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", b.spec.controlSocket())
 		},
 	}, Timeout: 30 * time.Second}
+}
+
+// init opens a real guestd to clients.
+func (b *box) init() {
+	b.t.Helper()
+	resp, err := b.control().Post("http://guest/init", "application/json", strings.NewReader("{}"))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusNoContent {
+		b.t.Fatalf("init = %s", resp.Status)
+	}
+}
+
+func (b *box) tryRun(uid int, argv ...string) (agentReply, error) {
 	body, err := json.Marshal(map[string]any{"Argv": argv, "UID": uid})
 	if err != nil {
 		return agentReply{}, err
 	}
-	resp, err := client.Post("http://guest/run", "application/json", bytes.NewReader(body))
+	resp, err := b.control().Post("http://guest/run", "application/json", bytes.NewReader(body))
 	if err != nil {
 		return agentReply{}, err
 	}
