@@ -43,7 +43,7 @@ type life struct {
 
 	// Guarded by Manager.mu.
 	rec      record
-	instance Instance   // nil until the guest answers
+	instance Instance   // not nil once the state is running
 	reason   GoneReason // empty until condemned
 	samples  samples
 	refused  egress.Refusals // as of the last look
@@ -82,7 +82,20 @@ func (m *Manager) place(rec record) Place {
 
 // visible tells whether clients may see the sandbox. Manager.mu is held.
 func (l *life) visible() bool {
-	return l.rec.Sandbox.State != StateCreating && l.rec.Sandbox.State != StateKilling
+	state := l.rec.Sandbox.State
+	return state == StateRunning || state == StatePaused
+}
+
+// shown finds a sandbox that clients may see. Manager.mu is held.
+func (m *Manager) shown(id string) (*life, error) {
+	l, ok := m.lives[id]
+	if ok && l.rec.Sandbox.State == StateAdopting {
+		return nil, inTransition(id, StateAdopting)
+	}
+	if !ok || !l.visible() {
+		return nil, notFound(id)
+	}
+	return l, nil
 }
 
 // condemned tells whether the end of the sandbox has begun in this run. Manager.mu is held.
@@ -189,6 +202,9 @@ func notFound(id string) error {
 
 // inTransition is the contract's answer to a request that came while something else is done to the sandbox.
 func inTransition(id string, state State) error {
+	if state == StateAdopting {
+		return errs.New(errs.Unavailable, "the node is starting and has not taken up Sandbox %q again yet; try again in a moment", id)
+	}
 	doing := map[State]string{StateKilling: "killed", StatePausing: "paused", StateResuming: "resumed"}[state]
 	if doing == "" {
 		return errs.New(errs.Conflict, "Sandbox %q is %s", id, state)

@@ -60,16 +60,24 @@ func (m *Manager) open(ctx context.Context, sandbox string, generation uint64, p
 	return nil, link.Busy
 }
 
-// reachable finds the instance of exactly that lifecycle, or the verdict that says why there is none.
+// reachable finds the instance of exactly that lifecycle, or the verdict that says why there is none. "Not here" makes an edge
+// drop its route, so a node that is starting says it of nothing: what it does not know yet is busy, and so is what it has not
+// taken up yet.
 func (m *Manager) reachable(sandbox string, generation uint64) (*life, Instance, link.Verdict) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	l, ok := m.lives[sandbox]
-	if !ok || l.rec.Sandbox.State != StateRunning {
+	switch {
+	case !ok && !m.isReady():
+		return nil, nil, link.Busy
+	case !ok:
 		return nil, nil, link.NotHere
-	}
-	if l.generation != generation {
+	case l.generation != generation:
 		return nil, nil, link.WrongGeneration
+	case l.rec.Sandbox.State == StateAdopting:
+		return nil, nil, link.Busy
+	case l.rec.Sandbox.State != StateRunning:
+		return nil, nil, link.NotHere
 	}
 	return l, l.instance, link.Open
 }

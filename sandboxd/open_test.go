@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/sluice-edge/sluice/internal/errs"
 	"github.com/sluice-edge/sluice/link"
 	"github.com/sluice-edge/sluice/sandboxd/egress"
 )
@@ -69,6 +70,51 @@ func TestOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantVerdict(t, "killed sandbox", open(sb.ID, sb.Generation, 3000), link.NotHere)
+}
+
+// TestTrafficDuringARestart: the link serves while sandboxes are being taken up. It used to find them running, without the instance
+// that it was about to call, and the node died.
+func TestTrafficDuringARestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(keep)
+		sb := n.create(time.Hour)
+		if err := n.stop(); err != nil {
+			t.Fatal(err)
+		}
+		open := func(id string, generation uint64) error {
+			_, err := n.m.Open(t.Context(), id, generation, 80)
+			return err
+		}
+		for _, stalled := range []string{"setup", "adopt", "set fence"} {
+			n.host.holdNothing()
+			release := n.host.holdUp(stalled)
+			n.make(keep)
+			n.run()
+			synctest.Wait()
+			wantVerdict(t, stalled, open(sb.ID, sb.Generation), link.Busy)
+			wantVerdict(t, stalled+": what may still be found", open("inone", 1), link.Busy)
+			if len(n.m.List()) != 0 {
+				t.Errorf("%s: List shows a sandbox that has not been taken up", stalled)
+			}
+			_, err := n.m.Metrics(t.Context(), sb.ID)
+			_, err2 := n.m.Refusals(sb.ID)
+			if err == nil || err2 == nil {
+				t.Errorf("%s: Metrics() = %v, Refusals() = %v, want errors", stalled, err, err2)
+			}
+			if stalled != "setup" { // the records have been read
+				wantVerdict(t, "older lifecycle", open(sb.ID, sb.Generation-1), link.WrongGeneration)
+				_, err := n.m.Get(sb.ID)
+				wantError(t, "Get", err, errs.Unavailable, "not taken up")
+			}
+			release()
+			<-n.m.Ready()
+			wantVerdict(t, "after "+stalled, open(sb.ID, sb.Generation), link.PortClosed)
+			wantVerdict(t, "unknown after "+stalled, open("inone", 1), link.NotHere)
+			if err := n.stop(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
 }
 
 // TestOpenHangs: a server in the sandbox that does not accept costs an edge a bounded time, and a kill ends the wait.

@@ -21,16 +21,17 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var lives []*life
+	var found []survivor
 	for _, rec := range records {
 		if !m.slots.claim(rec.Slot) {
 			return fmt.Errorf("record of %q names slot %d, which is not free; remove %q when nothing of it runs",
 				rec.Sandbox.ID, rec.Slot, m.journal.path(rec.Sandbox.ID))
 		}
 		l := newLife(rec, m.place(rec), m.log)
+		l.rec.Sandbox.State = StateAdopting
 		l.turn <- struct{}{}
 		l.routed = true // as far as we know
-		lives = append(lives, l)
+		found = append(found, survivor{l, rec})
 		m.mu.Lock()
 		m.lives[l.id] = l
 		m.stats.sandboxes.Inc()
@@ -47,11 +48,11 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	}
 	var wg sync.WaitGroup
 	workers := make(chan struct{}, m.opts.ConcurrentCreates)
-	for _, l := range lives {
+	for _, s := range found {
 		workers <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-workers }()
-			m.takeUp(ctx, l)
+			m.takeUp(ctx, s)
 		})
 	}
 	wg.Wait()
@@ -64,9 +65,15 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	return nil
 }
 
+// survivor is a sandbox of an earlier run, with the record as it was found. The life's own says adopting until that is decided.
+type survivor struct {
+	life *life
+	rec  record
+}
+
 // takeUp decides about one sandbox of an earlier run, and waits for the end of those that cannot go on.
-func (m *Manager) takeUp(ctx context.Context, l *life) {
-	rec := l.rec
+func (m *Manager) takeUp(ctx context.Context, s survivor) {
+	l, rec := s.life, s.rec
 	reason, err := m.tryAdopt(ctx, l, rec)
 	if err == nil {
 		l.endTurn()

@@ -8,12 +8,14 @@ import (
 )
 
 // State is where a sandbox is in its life. Only running and paused ones are shown to clients; the others are transitions,
-// during which a request waits or is told to come back.
+// during which a request waits or is told to come back. Adopting is never written to disk: it is that of a sandbox of an earlier
+// run, from its record being read until its process has been found.
 type State string
 
 // The states of a sandbox.
 const (
 	StateCreating State = "creating"
+	StateAdopting State = "adopting"
 	StateRunning  State = "running"
 	StatePausing  State = "pausing"
 	StatePaused   State = "paused"

@@ -136,6 +136,15 @@ func New(opts Options) (*Manager, error) {
 // Ready is closed when Run has reconciled and sandboxes may be created.
 func (m *Manager) Ready() <-chan struct{} { return m.ready }
 
+func (m *Manager) isReady() bool {
+	select {
+	case <-m.ready:
+		return true
+	default:
+		return false
+	}
+}
+
 // Run takes the state directory, reconciles it with the host, and keeps deadlines, routes and the node's lease until ctx ends. It
 // returns when everything that the manager started is done. It may be called once.
 func (m *Manager) Run(ctx context.Context) error {
@@ -184,9 +193,9 @@ func (m *Manager) Capacity() Capacity {
 func (m *Manager) Get(id string) (Sandbox, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	l, ok := m.lives[id]
-	if !ok || !l.visible() {
-		return Sandbox{}, notFound(id)
+	l, err := m.shown(id)
+	if err != nil {
+		return Sandbox{}, err
 	}
 	return l.rec.Sandbox, nil
 }

@@ -181,9 +181,9 @@ func metricsOf(g guest.Metrics, at time.Time) Metrics {
 func (m *Manager) Metrics(_ context.Context, id string) ([]Metrics, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	l, ok := m.lives[id]
-	if !ok || !l.visible() {
-		return nil, notFound(id)
+	l, err := m.shown(id)
+	if err != nil {
+		return nil, err
 	}
 	return l.samples.all(), nil
 }

@@ -90,6 +90,9 @@ func NewNode(opts NodeOptions) (*Node, error) {
 
 	n.group.Add("sandboxes", manager.Run)
 	n.group.Add("api listener", func(ctx context.Context) error { return n.serveAPI(ctx, opts.API, handler) })
+	// The link is served at once, not when all is taken up: each sandbox is reached again the moment it is, and until then an edge
+	// hears in a millisecond that the node is busy, which it tells its client with a time to come back. Connections left in the
+	// backlog would hang instead, until somebody's patience ends.
 	if opts.Link != nil {
 		n.group.Add("link listener", func(ctx context.Context) error { return n.links.Serve(ctx, opts.Link) })
 	}
