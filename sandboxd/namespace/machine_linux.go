@@ -593,26 +593,10 @@ func (m *Machine) killSurvivors(ctx context.Context, spec Spec) error {
 func removeFiles(dir string) error {
 	var all error
 	for _, name := range []string{rwName, stageName, controlName, logName, cgroupsName} {
-		all = errors.Join(all, removeTree(filepath.Join(dir, name)))
+		all = errors.Join(all, RemoveTree(filepath.Join(dir, name)))
 	}
 	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
 		all = errors.Join(all, err)
 	}
 	return all
-}
-
-// removeTree also removes directories that their owner, when that is us and not root, made inaccessible. Overlay's own
-// work directory is one.
-func removeTree(dir string) error {
-	err := os.RemoveAll(dir)
-	if !errors.Is(err, fs.ErrPermission) {
-		return err
-	}
-	_ = filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
-		if d != nil && d.IsDir() && err == nil {
-			_ = os.Chmod(name, 0o700) // before it is read: WalkDir shows a directory first
-		}
-		return nil
-	})
-	return os.RemoveAll(dir)
 }

@@ -4,6 +4,7 @@ package namespace
 
 import (
 	"context"
+	"os"
 
 	"github.com/sluice-edge/sluice/internal/errs"
 )
@@ -23,6 +24,9 @@ func MaybeInit() {}
 
 // New is refused.
 func New(Config) (*Machine, error) { return nil, errLinuxOnly }
+
+// RemoveTree is os.RemoveAll: no sandbox has filled dir.
+func RemoveTree(dir string) error { return os.RemoveAll(dir) }
 
 // Limitations says why.
 func (*Machine) Limitations() []string { return []string{errLinuxOnly.Msg} }
