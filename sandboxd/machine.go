@@ -40,7 +40,8 @@ type Machine interface {
 	// process. reached is told after every step. After an error the caller destroys the place. Until Commit the death of this
 	// process kills the sandbox.
 	Start(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Instance, error)
-	// Adopt takes up a sandbox that an earlier run committed. An error means that it is not whole; nothing is removed.
+	// Adopt takes up a sandbox that an earlier run committed. An error means that it is not whole; nothing is removed. It looks at
+	// the kernel only: a guest that does not answer must not delay the start of the node.
 	Adopt(ctx context.Context, p Place, handle json.RawMessage) (Instance, error)
 	// Destroy removes everything at the place but its directory, whoever made it and however far that went. It is idempotent. After
 	// a crash either the ID or the slot may be unknown: then what the other one names is removed.

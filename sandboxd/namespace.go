@@ -70,6 +70,7 @@ func NewNamespaceMachine(opts NamespaceOptions) (*NamespaceMachine, error) {
 	opts.StateDir = dir
 	namespaces, err := namespace.New(namespace.Config{
 		GuestdPath: opts.GuestdPath, StateDir: dir, TemplateDir: opts.TemplateDir, Rootless: opts.Rootless, Log: opts.Log,
+		Ready: func(context.Context, string) error { return nil }, // Start asks the guest; Adopt, which would ask too, must not
 	})
 	if err != nil {
 		return nil, err
@@ -157,6 +158,9 @@ func (m *NamespaceMachine) Start(ctx context.Context, p Place, fence egress.Poli
 		return nil, err
 	}
 	s.attach(process)
+	if err := s.Health(ctx); err != nil { // the socket listens since before the guest: the question waits in its queue
+		return nil, fmt.Errorf("wait for guest: %w", errors.Join(err, process.Err()))
+	}
 	reached(StepStarted)
 	return s, nil
 }

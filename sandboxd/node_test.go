@@ -46,7 +46,23 @@ func (n *node) start(change ...func(*Manager)) *node {
 	case <-n.m.closing:
 		n.t.Fatalf("Run() = %v before it was ready", n.stop())
 	}
+	settle(n.m)
 	return n
+}
+
+// settle waits for the removals that a start has begun.
+func settle(m *Manager) {
+	m.mu.RLock()
+	var condemned []*life
+	for _, l := range m.lives {
+		if l.condemned() {
+			condemned = append(condemned, l)
+		}
+	}
+	m.mu.RUnlock()
+	for _, l := range condemned {
+		<-l.buried
+	}
 }
 
 func (n *node) make(change ...func(*Manager)) {

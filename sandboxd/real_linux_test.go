@@ -22,6 +22,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluice-edge/sluice/sandboxd/namespace"
 	"github.com/sluice-edge/sluice/sandboxd/netdev"
 )
@@ -270,8 +272,9 @@ func (n realNode) recover(t *testing.T) int {
 	case err := <-ended:
 		t.Fatalf("Run() = %v", err)
 	}
+	alive := slices.DeleteFunc(m.List(), func(sb Sandbox) bool { return diedWithItsMaker(m, sb) })
+	settle(m)
 	ids := n.ids(t)
-	alive := m.List()
 	if len(alive) != len(ids) {
 		t.Errorf("%d sandboxes of %d directories run after the restart", len(alive), len(ids))
 	}
@@ -290,6 +293,50 @@ func (n realNode) recover(t *testing.T) int {
 		t.Errorf("left after recovery:\n%s", strings.Join(left, "\n"))
 	}
 	return len(alive)
+}
+
+// diedWithItsMaker tells whether a sandbox was taken up in the moment before its watchdog killed it, because it was not committed:
+// either its guest answers, or its death is noticed.
+func diedWithItsMaker(m *Manager, sb Sandbox) bool {
+	m.mu.RLock()
+	l := m.lives[sb.ID]
+	m.mu.RUnlock()
+	if l == nil {
+		return true
+	}
+	if m.instanceOf(l).Health(l.ctx) == nil {
+		return false
+	}
+	<-l.ctx.Done()
+	<-l.buried
+	return true
+}
+
+// awaitWatchdog waits for the end of what was not committed when its maker was killed.
+func (n realNode) awaitWatchdog(t *testing.T) {
+	t.Helper()
+	j := journal{dir: filepath.Join(n.dir, "state", "sandboxes")}
+	for _, id := range n.ids(t) {
+		rec, err := j.read(id)
+		var handle namespace.Handle
+		if err := errors.Join(err, json.Unmarshal(rec.Handle, &handle)); err != nil {
+			t.Fatal(err)
+		}
+		fd, err := unix.PidfdOpen(handle.PID, 0)
+		if errors.Is(err, unix.ESRCH) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for err = unix.EINTR; errors.Is(err, unix.EINTR); {
+			_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
+		}
+		unix.Close(fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // wantHealthy asks envd in the sandbox, the way an edge would.
@@ -408,6 +455,9 @@ func killAtEveryStep(t *testing.T, rootless bool) {
 		}
 		t.Run(string(step), func(t *testing.T) {
 			n.crash(t, step, 0)
+			if step == StepHandle {
+				n.awaitWatchdog(t)
+			}
 			want := 0
 			if step == StepCommitted || step == StepPublished || step == StepWithdrawn {
 				want = 1

@@ -10,12 +10,38 @@ import (
 	"go.uber.org/zap"
 )
 
-// adoptTime is how long a sandbox of an earlier run may take to show that it is whole.
-const adoptTime = 5 * time.Second
+const (
+	adoptTime = 5 * time.Second // for the kernel to show that a sandbox of an earlier run is whole
+	greetTime = 5 * time.Second // for its guest to answer, which nothing waits for
+)
 
-// reconcile makes the node agree with its records: running sandboxes that are whole are taken up with the same generation, all
-// others are removed with everything that belonged to them, and so is whatever bears our names without a record. Afterwards
-// nothing exists on the host that the manager does not know.
+// takeOver is the first job of Run, and ends with it.
+func (m *Manager) takeOver(ctx context.Context) error {
+	if err := m.reconcile(ctx); err != nil {
+		return err
+	}
+	close(m.ready)
+	m.log.Info("ready", zap.String("machine", m.machine.Name()), zap.Int("sandboxes", m.count()))
+	<-ctx.Done()
+	return nil
+}
+
+// whenReady is a job that begins after the reconcile.
+func (m *Manager) whenReady(job func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		select {
+		case <-m.ready:
+			return job(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// reconcile makes the node agree with its records: running sandboxes that are whole are taken up with the same generation, the end
+// of all others begins, and whatever bears our names without a record is removed. Afterwards nothing exists on the host that the
+// manager does not know. It waits for the kernel and, within bounds, for the catalogue; for no guest, and for nothing whose
+// length a guest decides: neither an answer of it nor the removal of what it wrote.
 func (m *Manager) reconcile(ctx context.Context) error {
 	records, strangers, err := m.journal.load()
 	if err != nil {
@@ -38,14 +64,6 @@ func (m *Manager) reconcile(ctx context.Context) error {
 		m.lastGeneration = max(m.lastGeneration, l.generation)
 		m.mu.Unlock()
 	}
-	if err := m.removeStraySlots(ctx); err != nil {
-		return err
-	}
-	for _, id := range strangers {
-		if err := m.removeStranger(ctx, id); err != nil {
-			return err
-		}
-	}
 	var wg sync.WaitGroup
 	workers := make(chan struct{}, m.opts.ConcurrentCreates)
 	for _, s := range found {
@@ -59,6 +77,14 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if err := m.removeStraySlots(ctx); err != nil {
+		return err
+	}
+	for _, id := range strangers {
+		if err := m.removeStranger(ctx, id); err != nil {
+			return err
+		}
+	}
 	if err := m.agreeRoutes(ctx); err != nil {
 		m.log.Warn("routes of an earlier run not compared, will be tried again", zap.Error(err))
 	}
@@ -71,7 +97,7 @@ type survivor struct {
 	rec  record
 }
 
-// takeUp decides about one sandbox of an earlier run, and waits for the end of those that cannot go on.
+// takeUp decides about one sandbox of an earlier run: it runs again, or its removal has begun.
 func (m *Manager) takeUp(ctx context.Context, s survivor) {
 	l, rec := s.life, s.rec
 	reason, err := m.tryAdopt(ctx, l, rec)
@@ -79,6 +105,7 @@ func (m *Manager) takeUp(ctx context.Context, s survivor) {
 		l.endTurn()
 		m.stats.adopted.Inc()
 		l.log.Info("sandbox taken up again", zap.Time("end", rec.Sandbox.EndAt))
+		m.jobs.Go(func() { m.greet(l) })
 		return
 	}
 	if ctx.Err() != nil { // we were stopped, and know nothing about the sandbox
@@ -88,10 +115,21 @@ func (m *Manager) takeUp(ctx context.Context, s survivor) {
 	l.log.Warn("sandbox of an earlier run not taken up", zap.Error(err))
 	m.condemn(l, reason)
 	l.endTurn()
-	<-l.buried
 }
 
-// tryAdopt checks everything that makes a sandbox whole, applies its egress rules anew, and makes it running.
+// greet asks the guest of a sandbox that was taken up whether it serves. One that does not answer is kept: its process runs, what
+// its tenant started may do its work, and the tenant may have muted the agent on purpose.
+func (m *Manager) greet(l *life) {
+	ctx, cancel := context.WithTimeout(l.ctx, greetTime)
+	defer cancel()
+	if err := m.instanceOf(l).Health(ctx); err != nil && l.ctx.Err() == nil {
+		m.stats.adoptedMute.Inc()
+		l.log.Warn("guest of a sandbox taken up again does not answer, kept", zap.Error(err))
+	}
+}
+
+// tryAdopt checks everything that makes a sandbox whole and that no guest decides, applies its egress rules anew, and makes it
+// running.
 func (m *Manager) tryAdopt(ctx context.Context, l *life, rec record) (GoneReason, error) {
 	if rec.Sandbox.State != StateRunning {
 		return GoneLost, fmt.Errorf("it was %s", rec.Sandbox.State)
@@ -111,9 +149,6 @@ func (m *Manager) tryAdopt(ctx context.Context, l *life, rec record) (GoneReason
 	}
 	if err := instance.SetFence(ctx, fence); err != nil {
 		return GoneLost, fmt.Errorf("apply egress rules: %w", err)
-	}
-	if err := instance.Health(ctx); err != nil {
-		return GoneLost, fmt.Errorf("ask guest: %w", err)
 	}
 	if !m.adopt(l, rec, instance) {
 		return GoneLost, errors.New("it was condemned meanwhile")

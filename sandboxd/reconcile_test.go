@@ -122,7 +122,7 @@ func TestReconcile(t *testing.T) {
 		"catalogue lost data":    {func(n *node, _ Sandbox) { n.cat.loseData() }, true},
 		"process died":           {func(n *node, sb Sandbox) { n.host.die(sb.ID, errors.New("killed")) }, false},
 		"network is gone":        {func(n *node, _ Sandbox) { clear(n.host.networks) }, false},
-		"guest does not answer":  {func(n *node, _ Sandbox) { n.host.holdUp("health") }, false},
+		"guest does not answer":  {func(n *node, _ Sandbox) { n.host.holdUp("health") }, true},
 		"rules cannot be set":    {func(n *node, _ Sandbox) { n.host.setFail("set fence", errors.New("broken")) }, false},
 		"deadline passed":        {func(*node, Sandbox) { time.Sleep(2 * time.Minute) }, false},
 		"record is damaged":      {func(n *node, sb Sandbox) { n.overwrite(sb.ID, "{") }, false},
@@ -163,6 +163,83 @@ func (n *node) overwrite(id, text string) {
 	if err := os.WriteFile(n.file(id, recordFile), []byte(text), 0o600); err != nil {
 		n.t.Error(err)
 	}
+}
+
+// TestMuteGuestsDoNotDelayTheStart: each guest that did not answer used to cost the node five seconds, and beyond ten its edges
+// took it for lost, with the sandboxes of everybody else. It is kept, and counted.
+func TestMuteGuestsDoNotDelayTheStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(keep)
+		for range 24 {
+			n.create(time.Hour)
+		}
+		if err := n.stop(); err != nil {
+			t.Fatal(err)
+		}
+		n.host.holdUp("health")
+		began := time.Now()
+		n.start()
+		if took := time.Since(began); took != 0 {
+			t.Errorf("ready after %v, want at once", took)
+		}
+		time.Sleep(greetTime + time.Second)
+		synctest.Wait()
+		if got := len(n.m.List()); got != 24 {
+			t.Errorf("%d sandboxes run, want all 24", got)
+		}
+		if got := n.m.stats.adoptedMute.Get(); got != 24 {
+			t.Errorf("%d mute guests counted, want 24", got)
+		}
+	})
+}
+
+// TestRemovalsDoNotDelayTheStart: how long the removal of a sandbox takes is decided by what it wrote.
+func TestRemovalsDoNotDelayTheStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(keep)
+		kept, died := n.create(time.Hour), n.create(time.Hour)
+		if err := n.stop(); err != nil {
+			t.Fatal(err)
+		}
+		n.host.die(died.ID, errors.New("killed"))
+		release := n.host.holdUp("destroy")
+		n.make()
+		n.run()
+		<-n.m.Ready()
+		n.wantState(kept.ID, StateRunning)
+		n.wantState(died.ID, "")
+		release()
+		settle(n.m)
+		if n.host.leftovers()[0] != "network 0" || len(n.host.leftovers()) != 2 {
+			t.Errorf("left on the host: %q, want the sandbox that runs", n.host.leftovers())
+		}
+	})
+}
+
+// TestLeaseBeforeReady: edges must not take a node for lost because it has much to look at.
+func TestLeaseBeforeReady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(keep)
+		n.create(time.Hour)
+		if err := n.stop(); err != nil {
+			t.Fatal(err)
+		}
+		release := n.host.holdUp("adopt")
+		before := n.cat.leases
+		n.make()
+		n.run()
+		synctest.Wait()
+		if n.cat.leases == before || !n.cat.node.Draining {
+			t.Errorf("lease while starting: %d new, %+v, want one that is draining", n.cat.leases-before, n.cat.node)
+		}
+		release()
+		<-n.m.Ready()
+		time.Sleep(n.m.opts.LeaseTTL)
+		synctest.Wait()
+		if n.cat.node.Draining || n.cat.node.Sandboxes != 1 {
+			t.Errorf("lease when ready: %+v", n.cat.node)
+		}
+	})
 }
 
 func TestReconcileRemovesStrangers(t *testing.T) {

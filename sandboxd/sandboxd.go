@@ -161,17 +161,16 @@ func (m *Manager) Run(ctx context.Context) error {
 	if err := m.machine.Setup(ctx); err != nil {
 		return fmt.Errorf("prepare the host for the %s machine: %w", m.machine.Name(), err)
 	}
-	if err := m.reconcile(ctx); err != nil {
-		return fmt.Errorf("reconcile: %w", err)
-	}
-	close(m.ready)
-	m.log.Info("ready", zap.String("machine", m.machine.Name()), zap.Int("sandboxes", m.count()))
-
 	var jobs run.Group
-	jobs.Add("deadlines", m.keepDeadlines)
-	jobs.Add("routes", m.keepRoutes)
-	jobs.Add("lease", m.keepLease)
-	return errors.Join(jobs.Run(ctx), m.stop())
+	jobs.Add("reconcile", m.takeOver)
+	jobs.Add("lease", m.keepLease) // at once: what has been taken up is reached again while the rest is still being looked at
+	jobs.Add("deadlines", m.whenReady(m.keepDeadlines))
+	jobs.Add("routes", m.whenReady(m.keepRoutes))
+	err = jobs.Run(ctx)
+	if !m.isReady() {
+		return err // what the records say is left to the next start
+	}
+	return errors.Join(err, m.stop())
 }
 
 // Templates lists what sandboxes can be made from.
@@ -185,7 +184,7 @@ func (m *Manager) Capacity() Capacity {
 		Sandboxes:    len(m.lives),
 		MaxSandboxes: min(m.opts.MaxSandboxes, m.machine.Slots()),
 		Machine:      m.machine.Name(),
-		Draining:     m.draining,
+		Draining:     m.draining || !m.isReady(),
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 type stats struct {
 	created, createFailed, adopted, strangers, removeFailed      *metrics.Counter
 	publishFailed, withdrawFailed, announceFailed, samplesFailed *metrics.Counter
+	adoptedMute                                                  *metrics.Counter
 
 	set       *metrics.Set
 	sandboxes *metrics.Gauge
@@ -35,6 +36,7 @@ func newStats(set *metrics.Set) *stats {
 		created:        set.GetOrCreateCounter("sluice_sandboxd_created_total"),
 		createFailed:   set.GetOrCreateCounter("sluice_sandboxd_create_failures_total"),
 		adopted:        set.GetOrCreateCounter("sluice_sandboxd_adopted_total"),
+		adoptedMute:    set.GetOrCreateCounter("sluice_sandboxd_adopted_mute_total"),
 		strangers:      set.GetOrCreateCounter("sluice_sandboxd_strangers_removed_total"),
 		removeFailed:   set.GetOrCreateCounter("sluice_sandboxd_remove_failures_total"),
 		publishFailed:  set.GetOrCreateCounter("sluice_sandboxd_publish_failures_total"),
