@@ -107,7 +107,7 @@ func (m *Manager) bury(l *life) {
 func (m *Manager) remove(l *life) error {
 	if l.routed {
 		m.withdraw(l)
-		m.opts.OnGone(l.id, l.generation)
+		m.resetLinks(l)
 		m.reached(StepWithdrawn)
 	}
 	// A node that dies from here on must not take the sandbox up again. A full disk must not keep it alive either.
@@ -128,6 +128,28 @@ func (m *Manager) remove(l *life) error {
 	}
 	m.reached(StepErased)
 	return nil
+}
+
+// resetLinks ends the connections of a sandbox before its process, so that clients see a reset and not an answer cut short. That
+// order is a courtesy and the end of the sandbox is not: when a connection will not close, the process is killed all the same, which
+// takes away what the connection was waiting for. The call then goes on without us; to wait for it in Run would only hang later.
+func (m *Manager) resetLinks(l *life) {
+	if l.reset == nil {
+		done := make(chan struct{})
+		l.reset = done
+		go func() {
+			defer close(done)
+			m.opts.OnGone(l.id, l.generation)
+		}()
+	}
+	wait := time.NewTimer(resetTime)
+	defer wait.Stop()
+	select {
+	case <-l.reset:
+	case <-wait.C:
+		m.stats.resetSlow.Inc()
+		l.log.Warn("connections not reset yet, removed without waiting further")
+	}
 }
 
 // forget ends the life in memory; its slot rests.

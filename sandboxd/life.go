@@ -49,8 +49,9 @@ type life struct {
 	refused  egress.Refusals // as of the last look
 
 	// Owned by the holder of the turn.
-	routed  bool  // a route may exist
-	buryErr error // written before buried is closed
+	routed  bool            // a route may exist
+	reset   <-chan struct{} // closed when OnGone has returned; nil before it was called
+	buryErr error           // written before buried is closed
 }
 
 func newLife(rec record, place Place, log *zap.Logger) *life {

@@ -271,6 +271,33 @@ func TestRefreshGivesAtLeastTheMinimum(t *testing.T) {
 	})
 }
 
+// TestKillWithoutAReset: a connection that will not close made its sandbox unkillable.
+func TestKillWithoutAReset(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		stuck := make(chan struct{})
+		calls := 0
+		n := newNode(t).start(func(m *Manager) {
+			m.opts.OnGone = func(string, uint64) { calls++; <-stuck }
+		})
+		sb := n.create(time.Minute)
+		n.host.setFail("unwire", errors.New("busy")) // a removal that is repeated
+		n.m.Kill(t.Context(), sb.ID)
+		if n.host.proc(sb.ID) != nil {
+			t.Error("the process runs while the reset hangs")
+		}
+		n.host.setFail("unwire", nil)
+		time.Sleep(time.Minute)
+		n.wantNothingLeft()
+		if err := n.stop(); err != nil {
+			t.Errorf("Run() = %v", err)
+		}
+		close(stuck)
+		if calls != 1 {
+			t.Errorf("OnGone was called %d times, want once", calls)
+		}
+	})
+}
+
 func TestRequestsDuringAKill(t *testing.T) {
 	bubble(t, func(t *testing.T, n *node) {
 		sb := n.create(time.Minute)

@@ -26,8 +26,8 @@ type Options struct {
 	Machine   Machine
 	Publisher Publisher
 
-	// OnGone is called when a lifecycle has ended and its route is withdrawn, before its process is killed: wiring resets the link
-	// connections. It must not block for long.
+	// OnGone is called once when a lifecycle has ended and its route is withdrawn, before its process is killed: wiring resets the link
+	// connections. Removal waits for it a second at most.
 	OnGone func(sandbox string, generation uint64)
 
 	Templates         []Template    // besides base and code-interpreter-v1; the same ID replaces
@@ -51,6 +51,7 @@ const (
 	guestTime       = 10 * time.Second // one control call to the guest
 	publishTime     = 2 * time.Second  // one write to the catalogue
 	withdrawTime    = time.Second      // delays every kill while the catalogue hangs, so it is short; the routes job repeats it
+	resetTime       = time.Second      // for the reset of connections; the process is killed even if they will not close
 	destroyTime     = 30 * time.Second // one attempt to remove a sandbox
 )
 
