@@ -91,6 +91,7 @@ print(open('` + secret + `').read())"`), "No such file"},
 		{"host name", sys(unix.SYS_SETHOSTNAME, "s:evil", 4), eperm},
 		{"kernel log", sys(unix.SYS_SYSLOG, 3, "b:64", 64), eperm},
 		{"push to a terminal", sys(unix.SYS_IOCTL, 0, unix.TIOCSTI, "s:x"), eperm},
+		{"fanotify", sys(unix.SYS_FANOTIFY_INIT, 0x200, 0), eperm},
 		{"no randomisation", sys(unix.SYS_PERSONALITY, 0x0040000), eperm},
 		{"a call of tomorrow", sys(lastKnownCall + 1), enosys},
 		{"packet socket", sys(unix.SYS_SOCKET, unix.AF_PACKET, unix.SOCK_RAW, 0), "address family not supported"},
@@ -161,6 +162,30 @@ func rules(t *testing.T, netns string) string {
 		t.Fatalf("list rules: %v: %s", err, out)
 	}
 	return string(out)
+}
+
+// The kernel counts inotify instances and the like for the owner of a user namespace. When that was the host's root, one
+// sandbox could take them all, from the host and from every other.
+func TestKernelQuotasAreNotShared(t *testing.T) {
+	m := testMachine(t)
+	greedy, neighbour := startBox(t, m), startBox(t, m)
+	const take = "import ctypes, os\nlibc = ctypes.CDLL(None)\nn = 0\nwhile n < 4096 and libc.inotify_init() >= 0: n += 1\nprint(n)\n"
+	hold := take + "open('/tmp/reached', 'w').write(str(n))\nimport time\ntime.sleep(600)"
+	go func() { _, _ = greedy.tryRun(1000, "python3", "-c", hold) }()
+	if n := greedy.sh("until [ -s /tmp/reached ]; do sleep 0.05; done; cat /tmp/reached"); n == "4096" || n == "0" {
+		t.Fatalf("one sandbox holds %s inotify instances, want the host's limit", n)
+	}
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC)
+	if err != nil {
+		t.Errorf("the host after that: %v", err)
+	}
+	unix.Close(fd)
+	if r := neighbour.run(1000, "python3", "-c", take); r.Out == "0\n" || r.Code != 0 {
+		t.Errorf("another sandbox after that: %+v", r)
+	}
+	if out := neighbour.sh("cat /proc/sys/user/max_user_namespaces /proc/sys/user/max_net_namespaces"); out != "0\n0" {
+		t.Errorf("namespaces that may be made inside: %q", out)
+	}
 }
 
 // A fork bomb ends at its own limit, and the sandbox can be destroyed while it burns.

@@ -20,11 +20,18 @@ type Plan struct {
 	Nofile   uint64
 	DataMiB  int // RLIMIT_DATA when no memory cgroup exists, else zero
 	Nproc    int // RLIMIT_NPROC when no pids cgroup exists, else zero
+	Quotas   []Quota
 
 	Workspace Op   // the tmpfs on which the root is put together; it becomes the working directory
 	Setup     []Op // stage one, or stage two when rootless; paths are relative to the workspace
 	Inside    []Op // stage two, in the sandbox's own mount namespace
 	Env       []string
+}
+
+// A Quota is a file of /proc/sys/user in the sandbox's user namespace.
+type Quota struct {
+	Name string
+	Max  int
 }
 
 // Op is one step on file systems.
@@ -114,6 +121,9 @@ func (p Plan) String() string {
 		fmt.Fprintf(&b, " nproc=%d", p.Nproc)
 	}
 	fmt.Fprintf(&b, "\nworkspace: %s\n", p.Workspace)
+	for _, q := range p.Quotas {
+		fmt.Fprintf(&b, "quota %s=%d\n", q.Name, q.Max)
+	}
 	for _, o := range p.Setup {
 		fmt.Fprintf(&b, "setup: %s\n", o)
 	}
@@ -164,6 +174,18 @@ var devices = []deviceNode{
 	{"null", 1, 3}, {"zero", 1, 5}, {"full", 1, 7}, {"random", 1, 8}, {"urandom", 1, 9}, {"tty", 5, 0},
 }
 
+// noNamespaces says a second time what the seccomp filter says: nobody inside makes another namespace.
+var noNamespaces = []Quota{
+	{"max_user_namespaces", 0}, {"max_mnt_namespaces", 0}, {"max_pid_namespaces", 0}, {"max_uts_namespaces", 0},
+	{"max_ipc_namespaces", 0}, {"max_net_namespaces", 0}, {"max_cgroup_namespaces", 0}, {"max_time_namespaces", 0},
+}
+
+// rootlessQuotas is what each sandbox may take of the quotas of the user who runs the node, where it has no id of its own
+// on the host to count them by. The host gives that user 128 inotify instances.
+var rootlessQuotas = []Quota{
+	{"max_inotify_instances", 16}, {"max_inotify_watches", 8192}, {"max_fanotify_groups", 0}, {"max_fanotify_marks", 0},
+}
+
 // compile is the whole layout of a sandbox, as data.
 func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 	p := Plan{
@@ -179,6 +201,10 @@ func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 		p.Env = append(p.Env, "HOME=/home/user", "USER=user", "LOGNAME=user")
 	} else {
 		p.Env = append(p.Env, "HOME=/root", "USER=root", "LOGNAME=root")
+	}
+	p.Quotas = slices.Clone(noNamespaces)
+	if cfg.Rootless {
+		p.Quotas = append(p.Quotas, rootlessQuotas...)
 	}
 	owner := func(inside uint32) uint32 {
 		if cfg.Rootless {

@@ -70,6 +70,7 @@ func testRootless(t *testing.T) {
 	check("python3 -c \"import socket; s = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(s.getsockname()); print('reached')\"", "reached")
 	check("grep -e CapEff -e CapBnd /proc/self/status | awk '{print $2}' | uniq", "0000000000000000")
 	check("grep -e NoNewPrivs -e '^Seccomp:' /proc/self/status | awk '{print $2}' | tr '\\n' ' '", "1 2")
+	check("cat /proc/sys/user/max_user_namespaces /proc/sys/user/max_inotify_instances", "0\n16")
 	check("ls -A /home; ls /proc | grep -c '^[0-9]' | awk '{print ($1 < 12)}'", "user\n1")
 	check("unshare -Ur id 2>&1 | grep -c 'not permitted'; grep -c -e "+b.spec.Dir+" /proc/self/mountinfo || true", "1\n0")
 

@@ -89,7 +89,7 @@ func policy() []callRule {
 		// Large attack surface, little use here.
 		namedCall{"bpf", unix.SYS_BPF}, namedCall{"perf_event_open", unix.SYS_PERF_EVENT_OPEN},
 		namedCall{"userfaultfd", unix.SYS_USERFAULTFD}, namedCall{"lookup_dcookie", unix.SYS_LOOKUP_DCOOKIE},
-		namedCall{"nfsservctl", unix.SYS_NFSSERVCTL})
+		namedCall{"nfsservctl", unix.SYS_NFSSERVCTL}, namedCall{"fanotify_init", unix.SYS_FANOTIFY_INIT})
 	all(deny(unix.ENOSYS),
 		// Its flags are behind a pointer, where no filter can look; libc falls back to clone.
 		namedCall{"clone3", unix.SYS_CLONE3},

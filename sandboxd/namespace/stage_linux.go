@@ -244,7 +244,50 @@ func cloneStageTwo(p Plan, gate *os.File) (int, error) {
 		attr.Sys.GidMappingsEnableSetgroups = true
 		attr.Sys.Credential = &syscall.Credential{Uid: 0, Gid: 0}
 	}
-	return syscall.ForkExec("/proc/self/exe", []string{stageTwoName}, attr)
+	if p.Rootless {
+		return syscall.ForkExec("/proc/self/exe", []string{stageTwoName}, attr)
+	}
+	var child int
+	err := asOwner(p.UIDBase, func() (err error) {
+		child, err = syscall.ForkExec("/proc/self/exe", []string{stageTwoName}, attr)
+		return err
+	})
+	return child, err
+}
+
+// asOwner runs f with the effective user id uid on this thread, and all capabilities all the same. Whatever a user
+// namespace makes counts against the quotas of the id that made the namespace (inotify instances, message queues, pending
+// signals, locked memory), so that id must be the sandbox's and not the host's root, which all sandboxes would share.
+func asOwner(uid uint32, f func() error) error {
+	const keep = ^uintptr(0)
+	// By the raw calls: those of the libraries change every thread.
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, keep, uintptr(uid), keep); errno != 0 {
+		return fmt.Errorf("become the owner of the sandbox's ids: %w", errno)
+	}
+	err := raiseCapabilities()
+	if err == nil {
+		err = f()
+	}
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, keep, 0, keep); errno != 0 {
+		return errors.Join(err, fmt.Errorf("become root again: %w", errno))
+	}
+	return err
+}
+
+// raiseCapabilities makes effective what is permitted: the kernel takes the effective ones from whoever leaves uid 0.
+func raiseCapabilities() error {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &data[0]); err != nil {
+		return fmt.Errorf("read capabilities: %w", err)
+	}
+	for i := range data {
+		data[i].Effective = data[i].Permitted
+	}
+	if err := unix.Capset(&hdr, &data[0]); err != nil {
+		return fmt.Errorf("raise capabilities: %w", err)
+	}
+	return nil
 }
 
 // stageTwo is the first process of the sandbox. It ends as guestd.
@@ -266,6 +309,9 @@ func stageTwo() error {
 	}
 	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
 		return fmt.Errorf("unshare cgroup namespace: %w", err)
+	}
+	if err := setQuotas(p); err != nil {
+		return err
 	}
 	if p.Rootless {
 		if err := loopbackUp(); err != nil {
@@ -307,6 +353,18 @@ func loopbackUp() error {
 	ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
 	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr); err != nil {
 		return fmt.Errorf("loopback up: %w", err)
+	}
+	return nil
+}
+
+// setQuotas bounds what the sandbox takes of the kernel's own tables. The files are those of the writer's user namespace,
+// whatever proc they are opened in.
+func setQuotas(p Plan) error {
+	for _, q := range p.Quotas {
+		err := writeFile("/proc/sys/user/"+q.Name, strconv.Itoa(q.Max))
+		if err != nil && !errors.Is(err, unix.ENOENT) { // a kernel that does not have such things
+			return fmt.Errorf("set quota: %w", err)
+		}
 	}
 	return nil
 }
