@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"syscall"
 
 	"go.uber.org/zap"
 
@@ -45,16 +44,15 @@ type NamespaceMachine struct {
 	opts       NamespaceOptions
 	network    *netdev.Network // nil in rootless mode
 	namespaces *namespace.Machine
-	claim      net.Listener // of the network's name; nil before Setup
+
+	// Set by Setup, which comes before all else; nil in rootless mode.
+	name *claim // of the network
+	uids *claim // of a part of the user ids
+	part int    // which one
 }
 
-// Every slot has a range of user ids of its own, in the part of the number space that systemd's conventions leave unused
-// (0x70000000 to 0x7fffffff): no account, no container manager and no other slot has them.
-const (
-	uidFirst = 0x70000000
-	uidCount = 1 << 16
-	uidSlots = (0x80000000 - uidFirst) / uidCount
-)
+// claimsDir is where nodes of one host meet.
+const claimsDir = "/run/sluice"
 
 // NewNamespaceMachine looks at the host and changes nothing but StateDir.
 func NewNamespaceMachine(opts NamespaceOptions) (*NamespaceMachine, error) {
@@ -94,29 +92,46 @@ func (m *NamespaceMachine) Name() string { return "namespace" }
 // Slots is what both the addresses and the user ids are enough for.
 func (m *NamespaceMachine) Slots() int {
 	if m.network == nil {
-		return uidSlots
+		return uidSlots * uidNodes // it uses no ids but the caller's: any number will do
 	}
 	return min(m.network.Capacity(), uidSlots)
 }
 
-// Setup makes sure that nobody else on this host uses the same names, and puts the host's table in place. Without the first, a node
-// that starts would take another's sandboxes for leftovers and remove them.
+// Setup makes sure that nobody else on this host uses the same names and user ids, and puts the host's table in place. Without the
+// first, a node that starts would take another's sandboxes for leftovers and remove them.
 func (m *NamespaceMachine) Setup(ctx context.Context) error {
 	if m.network == nil {
 		return nil
 	}
-	if m.claim == nil {
-		// An abstract socket: it belongs to the network namespace, as the devices do, and goes with the process.
-		claim, err := net.Listen("unix", "@sluice-network-"+m.opts.Network.NamePrefix)
-		if errors.Is(err, syscall.EADDRINUSE) {
-			return fmt.Errorf("another node on this host uses the network name %q: stop it, or give this one its own", m.opts.Network.NamePrefix)
-		}
-		if err != nil {
-			return fmt.Errorf("claim the network name %q: %w", m.opts.Network.NamePrefix, err)
-		}
-		m.claim = claim
+	if err := m.claim(); err != nil {
+		return err
 	}
 	return m.network.Setup(ctx)
+}
+
+func (m *NamespaceMachine) claim() (err error) {
+	node := m.opts.Network.NamePrefix
+	if m.name == nil {
+		m.name, err = takeClaim(claimsDir, "network-"+node)
+		if errors.Is(err, errClaimed) {
+			return fmt.Errorf("another node on this host uses the network name %q: stop it, or give this one its own", node)
+		}
+		if err != nil {
+			return fmt.Errorf("claim the network name %q: %w", node, err)
+		}
+	}
+	if m.uids == nil {
+		if m.part, m.uids, err = claimUIDs(claimsDir, node, hasNetworks); err != nil {
+			return fmt.Errorf("claim user ids: %w", err)
+		}
+	}
+	return nil
+}
+
+// hasNetworks tells whether a node that is not running has left sandboxes.
+func hasNetworks(node string) (bool, error) {
+	names, err := filepath.Glob("/run/netns/" + node + "-*")
+	return len(names) > 0, err
 }
 
 // Close removes the host's table.
@@ -124,15 +139,21 @@ func (m *NamespaceMachine) Close(ctx context.Context) error {
 	if m.network == nil {
 		return nil
 	}
-	return errors.Join(m.network.Close(ctx), m.Release())
+	return errors.Join(m.network.Close(ctx), m.giveUp((*claim).remove))
 }
 
-// Release gives up the names; the table stays, for the sandboxes that do.
-func (m *NamespaceMachine) Release() error {
-	if m.claim == nil {
-		return nil
+// Release lets go of the names; the table and the user ids stay, for the sandboxes that do.
+func (m *NamespaceMachine) Release() error { return m.giveUp((*claim).leave) }
+
+func (m *NamespaceMachine) giveUp(how func(*claim) error) error {
+	var failures []error
+	for _, c := range []*claim{m.uids, m.name} {
+		if c != nil {
+			failures = append(failures, how(c))
+		}
 	}
-	return m.claim.Close()
+	m.uids, m.name = nil, nil
+	return errors.Join(failures...)
 }
 
 // Start makes the network, fences it, and only then starts the first process in it.
@@ -217,7 +238,7 @@ func (m *NamespaceMachine) spec(p Place) namespace.Spec {
 		ID:       p.ID,
 		Dir:      p.Dir,
 		Hostname: p.ID,
-		UIDBase:  uidFirst + uint32(max(p.Slot, 0))*uidCount,
+		UIDBase:  uidFirst + uint32(m.part*uidSlots+max(p.Slot, 0))*uidCount,
 		Limits:   namespace.Limits{MemoryMiB: p.MemoryMiB, CPUs: p.CPUs, Pids: m.opts.Pids},
 		Resolv:   m.opts.Resolvers,
 		Template: p.Root,

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -275,9 +276,9 @@ func TestRefreshGivesAtLeastTheMinimum(t *testing.T) {
 func TestKillWithoutAReset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		stuck := make(chan struct{})
-		calls := 0
+		var calls atomic.Int32
 		n := newNode(t).start(func(m *Manager) {
-			m.opts.OnGone = func(string, uint64) { calls++; <-stuck }
+			m.opts.OnGone = func(string, uint64) { calls.Add(1); <-stuck }
 		})
 		sb := n.create(time.Minute)
 		n.host.setFail("unwire", errors.New("busy")) // a removal that is repeated
@@ -292,8 +293,8 @@ func TestKillWithoutAReset(t *testing.T) {
 			t.Errorf("Run() = %v", err)
 		}
 		close(stuck)
-		if calls != 1 {
-			t.Errorf("OnGone was called %d times, want once", calls)
+		if got := calls.Load(); got != 1 {
+			t.Errorf("OnGone was called %d times, want once", got)
 		}
 	})
 }

@@ -551,29 +551,111 @@ func TestRestartKeepsSandboxes(t *testing.T) {
 	}
 }
 
-// TestTwoNodesOfOneNetworkName: the second would remove the sandboxes of the first.
+// TestTwoNodesOfOneNetworkName: the second used to take the sandboxes of the first for leftovers, and removed them. It is refused
+// wherever it could see them: by their devices, in the same network namespace, and by their names in /run/netns.
 func TestTwoNodesOfOneNetworkName(t *testing.T) {
 	if !inside(t) {
 		return
 	}
-	first, second := newRealNode(t), newRealNode(t)
-	second.prefix = first.prefix
+	first := newRealNode(t)
 	m, err := first.manager()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := m.machine.Setup(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	other, err := second.manager()
+	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := other.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "another node on this host uses the network name") {
-		t.Errorf("Run() of the second node = %v", err)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- m.Run(ctx) }()
+	sb, err := m.Create(ctx, spec(time.Hour))
+	if err != nil {
+		t.Fatal(err)
 	}
-	if err := m.machine.Close(t.Context()); err != nil {
+	for name, attr := range map[string]*syscall.SysProcAttr{
+		"on the same host":               {},
+		"in another network namespace":   {Cloneflags: syscall.CLONE_NEWNET},
+		"in another mount namespace":     {Unshareflags: syscall.CLONE_NEWNS},
+		"with a /run of its own as well": {Unshareflags: syscall.CLONE_NEWNS},
+	} {
+		second := newRealNode(t)
+		second.prefix = first.prefix
+		cmd := exec.Command("/proc/self/exe")
+		if strings.Contains(name, "/run") {
+			cmd = exec.Command("sh", "-c", `mount -t tmpfs tmpfs /run && exec "$0"`, self)
+		}
+		cmd.Env = append(os.Environ(), envCrash+"=never", envDir+"="+second.dir, envPrefix+"="+second.prefix, envRoot+"=false")
+		cmd.SysProcAttr = attr
+		if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "another node on this host uses the network name") {
+			t.Errorf("second node %s: %v, %s", name, err, out)
+		}
+		wantHealthy(t, m, sb)
+	}
+	cancel()
+	if err := <-ended; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestNodesShareNoUserIDs: ids belong to the kernel, whatever the names are.
+func TestNodesShareNoUserIDs(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	dir := t.TempDir()
+	kept := map[string]bool{}
+	alive := func(node string) (bool, error) { return kept[node], nil }
+	claims := map[string]*claim{}
+	parts := map[int]string{}
+	take := func(node string) int {
+		t.Helper()
+		part, c, err := claimUIDs(dir, node, alive)
+		if err != nil {
+			t.Fatalf("claimUIDs(%q) = %v", node, err)
+		}
+		if other := parts[part]; other != "" && other != node {
+			t.Errorf("%q and %q share part %d", node, other, part)
+		}
+		claims[node], parts[part] = c, node
+		return part
+	}
+	for i := range uidNodes {
+		take(fmt.Sprintf("n%d", i))
+	}
+	if _, _, err := claimUIDs(dir, "late", alive); err == nil {
+		t.Error("claimUIDs of one node too many succeeded")
+	}
+
+	kept["n3"] = true // it stops and leaves its sandboxes running
+	var was int
+	for part, node := range parts {
+		if node == "n3" {
+			was = part
+		}
+	}
+	if err := claims["n3"].leave(); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := claimUIDs(dir, "late", alive); err == nil {
+		t.Error("the ids of sandboxes that run were given to another node")
+	}
+	if got := take("n3"); got != was {
+		t.Errorf("part of n3 after a restart = %d, was %d", got, was)
+	}
+
+	claims["n5"].leave() // it died, and nothing of it runs
+	for part, node := range parts {
+		if node == "n5" {
+			delete(parts, part)
+		}
+	}
+	take("late")
+	for _, c := range claims {
+		c.remove()
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
 	}
 }
 
