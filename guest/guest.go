@@ -75,6 +75,9 @@ func Run(ctx context.Context, opts Options) error {
 		return errors.New("an agent without a control listener would never be given a token")
 	}
 	a := newAgent(opts)
+	if a.pid1 {
+		a.processes.score = openOOMScore(a.log)
+	}
 	listen := opts.Listen
 	if listen == nil {
 		var err error

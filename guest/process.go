@@ -76,7 +76,8 @@ type running struct {
 
 // processes are the running ones and those that ended a moment ago.
 type processes struct {
-	log *slog.Logger
+	log   *slog.Logger
+	score *oomScore // fixed before Run; nil to leave it alone
 
 	// forking is held to fork and to enter the child in owned; the reaper of orphans holds it to look and reap. So it never takes a child
 	// from under its owner.
@@ -272,6 +273,7 @@ func openPTY(spec startSpec) (master, slave *os.File, err error) {
 func (ps *processes) fork(p *running) error {
 	ps.forking.Lock()
 	defer ps.forking.Unlock()
+	defer ps.score.lend()()
 	if err := p.cmd.Start(); err != nil {
 		return err
 	}

@@ -144,12 +144,14 @@ type view struct {
 	idmap    bool     // lower layers can be shifted to the sandbox's ids
 }
 
-// memoryShare bounds the RAM-backed file systems: half of the memory, or 1 GiB when that has no limit.
-func (l Limits) memoryShare() int {
-	if l.MemoryMiB == 0 {
-		return 1024
+// tmpfsMiB bounds a file system in memory to so many sixteenths of the sandbox's, or of 2 GiB when that has no limit. All
+// of them together must stay below it: what is in them cannot be freed by killing anybody.
+func (l Limits) tmpfsMiB(sixteenths int) int {
+	total := l.MemoryMiB
+	if total == 0 {
+		total = 2048
 	}
-	return max(l.MemoryMiB/2, 16)
+	return max(total*sixteenths/16, 1) // 0 would be no limit
 }
 
 const rootPath = "root" // where the new root is put together, below the workspace
@@ -266,7 +268,6 @@ func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 		}
 	}
 
-	share := spec.Limits.memoryShare()
 	tmpfs := func(dst string, sizeMiB int, mode uint32, flags ...string) {
 		data := fmt.Sprintf("size=%dm,mode=%04o", sizeMiB, mode)
 		if !cfg.Rootless {
@@ -274,8 +275,8 @@ func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 		}
 		add(Op{Do: DoMount, FS: "tmpfs", Src: "tmpfs", Dst: rootPath + dst, Flags: flags, Data: data})
 	}
-	tmpfs("/tmp", share, 0o1777, "nosuid", "nodev")
-	tmpfs("/run", max(share/4, 16), 0o755, "nosuid", "nodev")
+	tmpfs("/tmp", spec.Limits.tmpfsMiB(6), 0o1777, "nosuid", "nodev")
+	tmpfs("/run", spec.Limits.tmpfsMiB(1), 0o755, "nosuid", "nodev")
 	add(Op{Do: DoMkdir, Dst: rootPath + "/run/lock", Mode: 0o1777, UID: owner(0), GID: owner(0)})
 	tmpfs("/dev", 1, 0o755, "nosuid", "noexec")
 	for _, d := range devices {
@@ -295,7 +296,7 @@ func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 		Do: DoMount, FS: "devpts", Src: "devpts", Dst: rootPath + "/dev/pts", Flags: []string{"nosuid", "noexec"},
 		Data: "newinstance,ptmxmode=0666,mode=0620,max=1024" + ptsGroup,
 	})
-	tmpfs("/dev/shm", share, 0o1777, "nosuid", "nodev", "noexec")
+	tmpfs("/dev/shm", spec.Limits.tmpfsMiB(4), 0o1777, "nosuid", "nodev", "noexec")
 	for _, l := range [][2]string{
 		{"pts/ptmx", "ptmx"}, {"/proc/self/fd", "fd"}, {"/proc/self/fd/0", "stdin"}, {"/proc/self/fd/1", "stdout"},
 		{"/proc/self/fd/2", "stderr"},

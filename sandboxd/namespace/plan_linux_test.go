@@ -1,6 +1,7 @@
 package namespace
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -37,6 +38,28 @@ func TestPlanGolden(t *testing.T) {
 	rootless, own := cfg, spec
 	rootless.Rootless, own.NetNS, own.UIDBase = true, "", 0
 	golden(t, "plan-rootless", text(rootless, own, host, cgroupHost{}))
+}
+
+// Whoever fills every file system in memory leaves some to run in: there is nobody to kill for what they hold.
+func TestTmpfsLeavesMemory(t *testing.T) {
+	for _, memory := range []int{64, 512, 8192} {
+		spec := goldenSpec()
+		spec.Limits.MemoryMiB = memory
+		total := 0
+		for _, op := range compile(Config{GuestdPath: "/g"}, spec, view{dir: "/v"}, cgroupPlan{}).Setup {
+			var size int
+			if op.FS != "tmpfs" {
+				continue
+			}
+			if n, err := fmt.Sscanf(op.Data, "size=%dm", &size); n != 1 || size < 1 {
+				t.Errorf("%s: %v", op, err)
+			}
+			total += size
+		}
+		if total == 0 || total > memory*3/4 {
+			t.Errorf("tmpfs of %d MiB with a memory of %d", total, memory)
+		}
+	}
 }
 
 func TestSpecIsChecked(t *testing.T) {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 
@@ -134,6 +135,9 @@ func stageOne() error {
 		}
 	}
 
+	if err := dropOOMProtection(); err != nil {
+		return err
+	}
 	gateRead, gateWrite, err := os.Pipe()
 	if err != nil {
 		return err
@@ -191,6 +195,16 @@ func joinCgroups(dirs []string, child int, joined chan<- error) {
 		}
 	}
 	joined <- nil
+}
+
+// dropOOMProtection: a daemon may be spared by the host's killer, its sandboxes never. Inside nobody can lower it again.
+func dropOOMProtection() error {
+	const file = "/proc/self/oom_score_adj"
+	b, err := os.ReadFile(file)
+	if err != nil || !strings.HasPrefix(string(b), "-") {
+		return err
+	}
+	return writeFile(file, "0")
 }
 
 func enterNetNS(path string) error {
