@@ -12,6 +12,7 @@ import (
 	"syscall"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/sandboxd/namespace"
 )
 
 const (
@@ -89,11 +90,11 @@ func (j journal) remove(id string) error {
 		if e.Name() == recordFile {
 			continue
 		}
-		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+		if err := namespace.RemoveTree(filepath.Join(dir, e.Name())); err != nil {
 			return fmt.Errorf("remove directory of sandbox: %w", err)
 		}
 	}
-	if err := os.RemoveAll(dir); err != nil {
+	if err := namespace.RemoveTree(dir); err != nil {
 		return fmt.Errorf("remove directory of sandbox: %w", err)
 	}
 	return nil
