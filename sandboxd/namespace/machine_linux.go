@@ -272,7 +272,11 @@ func claim(spec Spec) error {
 	if err := os.MkdirAll(spec.Dir, 0o700); err != nil {
 		return fmt.Errorf("make sandbox directory: %w", err)
 	}
-	err := os.Mkdir(filepath.Join(spec.Dir, rwName), 0o755)
+	// Below it lie files that the sandbox has made executable, or set-user-id, for all: for all inside.
+	if err := os.Chmod(spec.Dir, 0o700); err != nil {
+		return fmt.Errorf("close sandbox directory: %w", err)
+	}
+	err := os.Mkdir(filepath.Join(spec.Dir, rwName), 0o700)
 	if errors.Is(err, fs.ErrExist) {
 		return &errs.Error{Code: errs.Conflict, Msg: "the sandbox exists", Err: err}
 	}
@@ -299,7 +303,12 @@ func (m *Machine) makeDirs(spec Spec, v view) error {
 			owned = append(owned, filepath.Join(rw, name))
 		}
 	}
-	for _, d := range append(dirs, owned...) {
+	for _, d := range dirs {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			return fmt.Errorf("make sandbox directory: %w", err)
+		}
+	}
+	for _, d := range owned { // the sandbox's own roots, seen inside with this mode
 		if err := os.Mkdir(d, 0o755); err != nil {
 			return fmt.Errorf("make sandbox directory: %w", err)
 		}

@@ -2,12 +2,14 @@ package namespace
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -88,6 +90,29 @@ for p in pids:
 		got, err := os.ReadFile(f[0])
 		if err != nil || strings.TrimSpace(string(got)) != f[1] {
 			t.Errorf("%s = %q, %v, want %s", f[0], got, err, f[1])
+		}
+	}
+}
+
+// A program that somebody inside has made set-user-id is not for the users of the host, nor is anything else in there.
+func TestHostUsersSeeNothingOfASandbox(t *testing.T) {
+	b := startBox(t, testMachine(t), func(s *Spec) {
+		// The worst that whoever makes the directories may do.
+		if err := errors.Join(os.Chmod(filepath.Dir(s.Dir), 0o755), os.Mkdir(s.Dir, 0o755), os.Chmod(s.Dir, 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	})
+	b.sh("cp /bin/true /home/user/tool && chmod 4777 /home/user /home/user/tool")
+	tool := filepath.Join(b.spec.Dir, rwName, "root/home/user/tool")
+	if _, err := os.Stat(tool); err != nil {
+		t.Fatal(err)
+	}
+	for _, argv := range [][]string{{tool}, {"/bin/cat", tool}, {"/bin/ls", b.spec.Dir}, {"/bin/ls", filepath.Join(b.spec.Dir, rwName)}, {"/bin/ls", filepath.Join(b.spec.Dir, stageName)}} {
+		cmd := exec.Command(argv[0], argv[1:]...)
+		cmd.Dir = "/"
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 54321, Gid: 54321}}
+		if out, err := cmd.CombinedOutput(); err == nil {
+			t.Errorf("%q by another user of the host succeeds: %s", argv, out[:min(len(out), 100)])
 		}
 	}
 }
