@@ -51,8 +51,9 @@ func extendTo(d time.Duration) func(Sandbox, time.Time) time.Time {
 	}
 }
 
-// moveEnd sets the deadline that choose returns. The record comes first: what the caller was told survives a crash. The route
-// follows, and when the catalogue does not answer, the routes job brings it up to date.
+// moveEnd sets the deadline that choose returns. The record comes first: what the caller was told survives a crash. An earlier end
+// holds even when it cannot be recorded, a later one does not. The route follows, and when the catalogue does not answer, the
+// routes job brings it up to date.
 func (m *Manager) moveEnd(ctx context.Context, id string, choose func(Sandbox, time.Time) time.Time) (Sandbox, error) {
 	l, end, err := m.begin(ctx, id)
 	if err != nil {
@@ -69,9 +70,11 @@ func (m *Manager) moveEnd(ctx context.Context, id string, choose func(Sandbox, t
 	if endAt.Equal(rec.Sandbox.EndAt) {
 		return rec.Sandbox, nil
 	}
+	earlier := endAt.Before(rec.Sandbox.EndAt)
 	rec.Sandbox.EndAt = endAt
-	if err := m.journal.write(rec); err != nil {
-		return Sandbox{}, err
+	writeErr := m.journal.update(rec)
+	if writeErr != nil && !earlier {
+		return Sandbox{}, writeErr
 	}
 	if !m.setRecord(l, rec) {
 		return Sandbox{}, inTransition(id, StateKilling)
@@ -80,6 +83,9 @@ func (m *Manager) moveEnd(ctx context.Context, id string, choose func(Sandbox, t
 	if err := m.publish(ctx, l, rec.Sandbox); err != nil {
 		l.log.Warn("route not updated, will be tried again", zap.Error(err))
 		poke(m.misrouted)
+	}
+	if writeErr != nil {
+		return Sandbox{}, m.enforced(l, writeErr)
 	}
 	return rec.Sandbox, nil
 }

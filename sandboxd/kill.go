@@ -111,7 +111,7 @@ func (m *Manager) remove(l *life) error {
 		m.reached(StepWithdrawn)
 	}
 	// A node that dies from here on must not take the sandbox up again. A full disk must not keep it alive either.
-	if err := m.journal.write(m.record(l)); ignoreAbsent(err) != nil {
+	if err := m.journal.update(m.record(l)); ignoreAbsent(err) != nil {
 		l.log.Warn("record of condemned sandbox not written", zap.Error(err))
 	}
 	m.reached(StepCondemned)

@@ -43,10 +43,12 @@ type life struct {
 
 	// Guarded by Manager.mu.
 	rec      record
-	instance Instance   // not nil once the state is running
-	reason   GoneReason // empty until condemned
-	samples  samples
-	refused  egress.Refusals // as of the last look
+	instance Instance // not nil once the state is running
+	// unrecorded says that the record on disk is not rec, because it could not be written.
+	unrecorded bool
+	reason     GoneReason // empty until condemned
+	samples    samples
+	refused    egress.Refusals // as of the last look
 
 	// Owned by the holder of the turn.
 	routed  bool            // a route may exist

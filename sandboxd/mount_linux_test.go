@@ -44,10 +44,10 @@ func TestRemovalOfADeepTree(t *testing.T) {
 	n.wantNothingLeft()
 }
 
-// mountSmall puts a file system of a few pages on dir.
-func mountSmall(t *testing.T, dir string) (unmount func()) {
+// mountSmall puts a file system of that size on dir.
+func mountSmall(t *testing.T, dir, size string) (unmount func()) {
 	t.Helper()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=128k"); err != nil {
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
 		t.Skipf("mount tmpfs: %v", err)
 	}
 	return func() { syscall.Unmount(dir, syscall.MNT_DETACH) }

@@ -19,7 +19,8 @@ func fenceOf(n Network) (egress.Policy, error) {
 }
 
 // UpdateNetwork replaces the egress half of a sandbox's network configuration whole: what is not given is cleared. The ingress half
-// stays. On an error the old configuration is in force and stored.
+// stays. On an error the old configuration is in force and stored, with one exception: a change that only takes away does not wait
+// for a disk that is full or broken. It is in force, the error says that its record is missing, and the record is tried again.
 //
 // Restart applies what the record says. So a change that only takes away is recorded before it is applied, any other one after: a
 // crash in between leaves the tighter of the two, and what is stored and what is in force always agree.
@@ -58,17 +59,25 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id string, n Network) error
 		return apply(ctx, oldFence)
 	}
 	if tightens(oldFence, fence) {
-		if err := m.journal.write(rec); err != nil {
-			return err
-		}
+		writeErr := m.journal.update(rec)
 		if err := apply(ctx, fence); err != nil {
-			return errors.Join(err, back(), m.journal.write(old))
+			oldErr := m.journal.update(old)
+			if oldErr != nil {
+				m.owe(l)
+			}
+			return errors.Join(err, back(), oldErr)
+		}
+		if writeErr != nil {
+			if !m.setRecord(l, rec) {
+				return inTransition(id, StateKilling)
+			}
+			return m.enforced(l, writeErr)
 		}
 	} else {
 		if err := apply(ctx, fence); err != nil {
 			return errors.Join(err, back())
 		}
-		if err := m.journal.write(rec); err != nil {
+		if err := m.journal.update(rec); err != nil {
 			return errors.Join(err, back())
 		}
 	}

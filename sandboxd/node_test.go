@@ -574,7 +574,7 @@ func TestFullDisk(t *testing.T) {
 		t.Skip("needs root, to mount a small file system")
 	}
 	n := newNode(t)
-	unmount := mountSmall(t, n.dir)
+	unmount := mountSmall(t, n.dir, "128k") // too small for a reserve
 	defer unmount()
 	n.start()
 	ballast := filepath.Join(n.dir, "ballast")
@@ -594,10 +594,81 @@ func TestFullDisk(t *testing.T) {
 	if got, _ := n.m.Get(sb.ID); !got.EndAt.Equal(sb.EndAt) {
 		t.Error("the deadline moved though it could not be recorded")
 	}
+
+	// What takes away holds at once, and is recorded when there is room.
+	wantError(t, "SetTimeout", n.m.SetTimeout(t.Context(), sb.ID, 30*time.Second), errs.Unavailable, "the change is in force")
+	got, err := n.m.Get(sb.ID)
+	if err != nil || !got.EndAt.Before(sb.EndAt) {
+		t.Errorf("Get() after a shorter deadline = %v, %v", got.EndAt, err)
+	}
+	no := false
+	tighter := Network{AllowInternetAccess: &no}
+	wantError(t, "UpdateNetwork", n.m.UpdateNetwork(t.Context(), sb.ID, tighter), errs.Unavailable, "the change is in force")
+	if n.host.fence(n.host.proc(sb.ID).slot).AllowInternet {
+		t.Error("a tighter fence waits for the disk")
+	}
+	wantError(t, "UpdateNetwork", n.m.UpdateNetwork(t.Context(), sb.ID, Network{}), errs.Unavailable, "disk of this node is full")
+	if n.host.fence(n.host.proc(sb.ID).slot).AllowInternet {
+		t.Error("a looser fence is in force though it could not be recorded")
+	}
+	n.m.writeOwed()
+	if rec, err := n.m.journal.read(sb.ID); err != nil || !rec.Sandbox.EndAt.Equal(sb.EndAt) {
+		t.Errorf("record on a full disk = %v, %v, want the old one", rec.Sandbox.EndAt, err)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	n.m.writeOwed()
+	rec, err := n.m.journal.read(sb.ID)
+	if err != nil || !rec.Sandbox.EndAt.Equal(got.EndAt) || rec.Sandbox.Network.AllowInternetAccess == nil {
+		t.Errorf("record when there is room = %+v, %v", rec.Sandbox, err)
+	}
+	os.WriteFile(ballast, make([]byte, 1<<20), 0o600)
 	if err := n.m.Kill(t.Context(), sb.ID); err != nil {
 		t.Errorf("Kill() on a full disk = %v", err)
 	}
 	n.wantNothingLeft()
+	if err := n.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestReserve: a tenant that fills the disk stops creates, and nothing that concerns what runs.
+func TestReserve(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root, to mount a small file system")
+	}
+	n := newNode(t)
+	unmount := mountSmall(t, n.dir, "8m")
+	defer unmount()
+	n.make()
+	if err := errors.Join(os.MkdirAll(n.m.journal.dir, 0o711), n.m.journal.reserve.hold()); err != nil {
+		t.Fatal(err)
+	}
+	n.run()
+	<-n.m.Ready()
+	sb := n.create(time.Minute)
+	ballast := filepath.Join(n.dir, "ballast")
+	if err := os.WriteFile(ballast, make([]byte, 8<<20), 0o600); err == nil {
+		t.Fatal("the file system is not small")
+	}
+	_, err := n.m.Create(t.Context(), spec(time.Minute))
+	wantError(t, "Create", err, errs.Unavailable, "disk of this node is full")
+	if err := n.m.SetTimeout(t.Context(), sb.ID, time.Hour); err != nil {
+		t.Errorf("SetTimeout() with the reserve = %v", err)
+	}
+	if rec, err := n.m.journal.read(sb.ID); err != nil || rec.Sandbox.EndAt.Equal(sb.EndAt) {
+		t.Errorf("record = %v, %v, want the new end", rec.Sandbox.EndAt, err)
+	}
+	if err := n.m.journal.reserve.hold(); err == nil {
+		t.Error("a reserve was made on a full disk")
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.m.journal.reserve.hold(); err != nil {
+		t.Errorf("the reserve is not made again: %v", err)
+	}
 	if err := n.stop(); err != nil {
 		t.Error(err)
 	}

@@ -33,7 +33,8 @@ type record struct {
 // journal keeps one directory per sandbox with its record in it. The directory is made before anything else of the sandbox and
 // removed after everything else, so whatever exists on the node is named by one.
 type journal struct {
-	dir string
+	dir     string
+	reserve *reserve
 }
 
 func (j journal) path(id string) string { return filepath.Join(j.dir, id) }
@@ -54,7 +55,8 @@ func (j journal) create(r record) error {
 	return nil
 }
 
-// write replaces the record in one step: a crash leaves the old one or the new one, on disk and whole.
+// write replaces the record in one step: a crash leaves the old one or the new one, on disk and whole. It leaves the reserve alone:
+// a sandbox that is being created has no claim on it.
 func (j journal) write(r record) error {
 	r.Version = recordVersion
 	text, err := json.MarshalIndent(r, "", "\t")
@@ -144,11 +146,13 @@ func (j journal) read(id string) (record, error) {
 
 // diskError gives a full disk its meaning; other errors pass.
 func diskError(err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+	if isFull(err) {
 		return &errs.Error{Code: errs.Unavailable, Msg: "the disk of this node is full: the sandbox cannot be recorded", Err: err}
 	}
 	return err
 }
+
+func isFull(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
 
 func ignoreAbsent(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {

@@ -118,7 +118,7 @@ func New(opts Options) (*Manager, error) {
 		machine:   opts.Machine,
 		publisher: opts.Publisher,
 		templates: newTemplates(opts.Templates),
-		journal:   journal{filepath.Join(dir, "sandboxes")},
+		journal:   journal{filepath.Join(dir, "sandboxes"), &reserve{path: filepath.Join(dir, "reserve")}},
 		slots:     newSlots(opts.Machine.Slots()),
 		log:       opts.Log.Named("sandboxd"),
 		stats:     newStats(opts.Metrics),
@@ -165,6 +165,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	var jobs run.Group
 	jobs.Add("reconcile", m.takeOver)
 	jobs.Add("lease", m.keepLease) // at once: what has been taken up is reached again while the rest is still being looked at
+	jobs.Add("journal", m.keepJournal)
 	jobs.Add("deadlines", m.whenReady(m.keepDeadlines))
 	jobs.Add("routes", m.whenReady(m.keepRoutes))
 	err = jobs.Run(ctx)

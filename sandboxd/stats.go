@@ -18,7 +18,7 @@ import (
 type stats struct {
 	created, createFailed, adopted, strangers, removeFailed      *metrics.Counter
 	publishFailed, withdrawFailed, announceFailed, samplesFailed *metrics.Counter
-	adoptedMute, resetSlow                                       *metrics.Counter
+	adoptedMute, resetSlow, recordFailed                         *metrics.Counter
 
 	set       *metrics.Set
 	sandboxes *metrics.Gauge
@@ -36,6 +36,7 @@ func newStats(set *metrics.Set) *stats {
 		created:        set.GetOrCreateCounter("sluice_sandboxd_created_total"),
 		createFailed:   set.GetOrCreateCounter("sluice_sandboxd_create_failures_total"),
 		adopted:        set.GetOrCreateCounter("sluice_sandboxd_adopted_total"),
+		recordFailed:   set.GetOrCreateCounter("sluice_sandboxd_record_failures_total"),
 		resetSlow:      set.GetOrCreateCounter("sluice_sandboxd_slow_resets_total"),
 		adoptedMute:    set.GetOrCreateCounter("sluice_sandboxd_adopted_mute_total"),
 		strangers:      set.GetOrCreateCounter("sluice_sandboxd_strangers_removed_total"),
