@@ -296,12 +296,9 @@ func (m *Machine) makeDirs(spec Spec, v view) error {
 	// The workspace's mount point, and for every overlay an upper and a work directory.
 	dirs := []string{filepath.Join(spec.Dir, stageName), filepath.Join(rw, "root.work")}
 	owned := []string{filepath.Join(rw, "root")}
-	if v.overUsr != "" {
-		for _, d := range append([]string{"/usr"}, v.realDirs...) {
-			name := strings.ReplaceAll(strings.TrimPrefix(d, "/"), "/", "_")
-			dirs = append(dirs, filepath.Join(rw, name+".work"))
-			owned = append(owned, filepath.Join(rw, name))
-		}
+	for _, d := range v.programs {
+		dirs = append(dirs, filepath.Join(rw, layerName(d)+".work"))
+		owned = append(owned, filepath.Join(rw, layerName(d)))
 	}
 	for _, d := range dirs {
 		if err := os.Mkdir(d, 0o700); err != nil {

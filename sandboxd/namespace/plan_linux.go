@@ -139,10 +139,13 @@ func (p Plan) String() string {
 // view is what the planner must know of the host: found once, by New.
 type view struct {
 	dir      string   // template root, or the view made from the host
-	overUsr  string   // layer above the host's /usr; empty with a template, which brings its own /usr
-	realDirs []string // /bin and the like where they are directories of their own and not links into /usr
+	programs []string // the host's /usr, and /bin and the like where they are no links into it; none with a template
+	over     string   // what lies above each of programs, under the same path
 	idmap    bool     // lower layers can be shifted to the sandbox's ids
 }
+
+// layerName is how a directory of programs is called in the workspace.
+func layerName(dir string) string { return strings.ReplaceAll(strings.TrimPrefix(dir, "/"), "/", "_") }
 
 // tmpfsMiB bounds a file system in memory to so many sixteenths of the sandbox's, or of 2 GiB when that has no limit. All
 // of them together must stay below it: what is in them cannot be freed by killing anybody.
@@ -257,15 +260,11 @@ func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 	lower(v.dir, "image")
 	add(dir(rootPath))
 	overlay(rootPath, "root", "image")
-	if v.overUsr != "" {
-		lower(v.overUsr, "over")
-		lower("/usr", "usr")
-		overlay(rootPath+"/usr", "usr", "over", "usr")
-		for _, d := range v.realDirs {
-			name := strings.ReplaceAll(strings.TrimPrefix(d, "/"), "/", "_")
-			lower(d, name)
-			overlay(rootPath+d, name, name)
-		}
+	for _, d := range v.programs {
+		name := layerName(d)
+		lower(v.over+d, "over_"+name)
+		lower(d, name)
+		overlay(rootPath+d, name, "over_"+name, name)
 	}
 
 	tmpfs := func(dst string, sizeMiB int, mode uint32, flags ...string) {

@@ -17,7 +17,7 @@ func goldenSpec() Spec {
 
 func TestPlanGolden(t *testing.T) {
 	cfg := Config{GuestdPath: "/usr/lib/sluice/guestd", StateDir: "/var/lib/sluice"}
-	host := view{dir: "/var/lib/sluice/view-1", overUsr: "/var/lib/sluice/over-1", idmap: true}
+	host := view{dir: "/var/lib/sluice/view-1", programs: []string{"/usr", "/lib64"}, over: "/var/lib/sluice/over-1", idmap: true}
 	v1 := cgroupHost{base: map[string]string{"memory": "/cg/memory/own", "pids": "/cg/pids/own", "cpu": "/cg/cpu/own"}}
 	v2 := cgroupHost{base: map[string]string{"memory": "/cg/own", "pids": "/cg/own", "cpu": "/cg/own"}, unified: true}
 	spec := goldenSpec()

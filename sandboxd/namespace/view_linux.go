@@ -75,9 +75,11 @@ ethers: files
 rpc: files
 `
 
-// hiddenUsr is local configuration and state inside /usr. Inside, root owns what it sees, so a file that only the host's
-// root may read must not be among it.
-var hiddenUsr = []string{"etc", "local/etc", "local/var", "lost+found"}
+// hiddenUsr is local configuration and state inside /usr, and nobody's business.
+var hiddenUsr = []string{"usr/etc", "usr/local/etc", "usr/local/var", "usr/lost+found"}
+
+// maxHidden bounds what hide may find: more is no installation of software that we can take for one.
+const maxHidden = 10_000
 
 // entry is one file of an image, in memory.
 type entry struct {
@@ -87,15 +89,24 @@ type entry struct {
 
 type image map[string]entry
 
+// opaque marks a directory that hides the layers below; the bit has no meaning for directories elsewhere. whiteout is a
+// file that hides what has its name there.
+const (
+	opaque   = fs.ModeExclusive
+	whiteout = fs.ModeDevice | fs.ModeCharDevice
+)
+
 func (im image) dir(name string, mode fs.FileMode) { im[name] = entry{mode: fs.ModeDir | mode} }
 func (im image) file(name, content string)         { im[name] = entry{mode: 0o644, content: []byte(content)} }
 func (im image) link(name, target string) {
 	im[name] = entry{mode: fs.ModeSymlink, content: []byte(target)}
 }
 
-// hostImage is what the view of this host contains below / and above /usr.
-func hostImage(rootless bool) (root, overUsr image, realDirs []string, err error) {
-	root, overUsr = image{}, image{}
+// hostImage is what the view of this host contains: below /, and above /usr and the other directories of programs, which
+// are programs.
+func hostImage(rootless bool) (root, over image, programs []string, err error) {
+	root, over = image{}, image{}
+	programs = []string{"/usr"}
 	for _, d := range []string{
 		"dev", "etc", "home", "media", "mnt", "opt", "proc", "run", "srv", "sys", "tmp", "usr", "var", "var/cache", "var/lib",
 		"var/log", "var/mail", "var/opt", "var/spool", "var/www", "home/user", "etc/ssl",
@@ -138,29 +149,70 @@ func hostImage(rootless bool) (root, overUsr image, realDirs []string, err error
 			}
 		case st.IsDir():
 			root.dir(d[1:], 0o755)
-			realDirs = append(realDirs, d)
+			programs = append(programs, d)
 		}
 	}
 	// Programs say `python`, and so do the SDKs' examples; Debian and its children only have python3.
 	if _, err := os.Lstat("/usr/bin/python"); errors.Is(err, fs.ErrNotExist) {
 		if _, err := os.Stat("/usr/bin/python3"); err == nil {
-			overUsr.dir("bin", 0o755)
-			overUsr.link("bin/python", "python3")
+			over.parents("usr/bin/python")
+			over.link("usr/bin/python", "python3")
+		}
+	}
+	for _, d := range programs {
+		over.dir(d[1:], 0o755)
+		if err := over.hide(d); err != nil {
+			return nil, nil, nil, err
 		}
 	}
 	for _, d := range hiddenUsr {
-		if st, err := os.Lstat(filepath.Join("/usr", d)); err == nil && st.IsDir() {
-			if parent := filepath.Dir(d); parent != "." {
-				overUsr.dir(parent, 0o755)
-			}
-			overUsr.dir(d, 0o755|opaque)
+		if over[filepath.Dir(d)].mode == whiteout {
+			continue
+		}
+		if st, err := os.Lstat("/" + d); err == nil && st.IsDir() {
+			over.parents(d)
+			over.dir(d, 0o755|opaque)
 		}
 	}
-	return root, overUsr, realDirs, nil
+	return root, over, programs, nil
 }
 
-// opaque marks a directory that hides the layers below; the bit has no meaning for directories elsewhere.
-const opaque = fs.ModeExclusive
+// hide covers what not everybody on the host may read. Root inside owns what it sees of the host's programs, so the
+// permissions that keep others from it on the host would not keep anybody from it inside.
+func (im image) hide(tree string) error {
+	hidden := 0
+	return filepath.WalkDir(tree, func(name string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		st, err := d.Info()
+		if errors.Is(err, fs.ErrNotExist) || err == nil && st.Mode().Type() == fs.ModeSymlink {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		want := fs.FileMode(0o004)
+		if st.IsDir() {
+			want = 0o005
+		}
+		if st.Mode().Perm()&want == want {
+			return nil
+		}
+		if hidden++; hidden > maxHidden {
+			return fmt.Errorf("more than %d files in %s are not for everybody: give sandboxes a template directory of their own", maxHidden, tree)
+		}
+		im.parents(name[1:])
+		im[name[1:]] = entry{mode: whiteout}
+		if st.IsDir() {
+			return fs.SkipDir
+		}
+		return nil
+	})
+}
 
 // take copies a file or tree of the host. What not everybody may read is left out silently: it is not for guests.
 func (im image) take(host string) error {
@@ -203,11 +255,17 @@ func (im image) take(host string) error {
 	})
 }
 
+// parents makes the directories above name with the modes that they have on the host, which show through a merge.
 func (im image) parents(name string) {
 	for p := filepath.Dir(name); p != "."; p = filepath.Dir(p) {
-		if _, ok := im[p]; !ok {
-			im.dir(p, 0o755)
+		if _, ok := im[p]; ok {
+			continue
 		}
+		mode := fs.FileMode(0o755)
+		if st, err := os.Stat("/" + p); err == nil {
+			mode = st.Mode().Perm()
+		}
+		im.dir(p, mode)
 	}
 }
 
@@ -258,7 +316,9 @@ func (im image) write(dir string, rootless bool) error {
 }
 
 func (e entry) write(name string, rootless bool) error {
-	switch e.mode.Type() &^ opaque {
+	switch e.mode.Type() {
+	case whiteout:
+		return unix.Mknod(name, unix.S_IFCHR, 0)
 	case fs.ModeSymlink:
 		return os.Symlink(string(e.content), name)
 	case fs.ModeDir:
@@ -284,19 +344,19 @@ func (e entry) write(name string, rootless bool) error {
 
 // buildView makes the view of the host below stateDir.
 func buildView(stateDir string, rootless bool) (view, error) {
-	root, over, realDirs, err := hostImage(rootless)
+	root, over, programs, err := hostImage(rootless)
 	if err != nil {
 		return view{}, fmt.Errorf("read the host for its view: %w", err)
 	}
 	v := view{
 		dir:      filepath.Join(stateDir, "view-"+root.sum()),
-		overUsr:  filepath.Join(stateDir, "over-"+over.sum()),
-		realDirs: realDirs,
+		over:     filepath.Join(stateDir, "over-"+over.sum()),
+		programs: programs,
 	}
 	if err := root.write(v.dir, rootless); err != nil {
 		return view{}, fmt.Errorf("write the host's view: %w", err)
 	}
-	if err := over.write(v.overUsr, rootless); err != nil {
+	if err := over.write(v.over, rootless); err != nil {
 		return view{}, fmt.Errorf("write the host's view: %w", err)
 	}
 	return v, nil

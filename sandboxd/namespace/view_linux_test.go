@@ -42,6 +42,37 @@ func TestViewTakesOnlyWhatEverybodyMayRead(t *testing.T) {
 	}
 }
 
+// Root inside owns what it sees of the host's /usr: what only the host's root may read there must not be seen.
+func TestPrivateFilesOfUsrAreHidden(t *testing.T) {
+	needRoot(t)
+	dir, err := os.MkdirTemp("/usr/local/lib", "sluice-test-")
+	if err != nil {
+		t.Skipf("needs a writable /usr/local/lib: %v", err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o775); err != nil {
+		t.Fatal(err)
+	}
+	for name, mode := range map[string]os.FileMode{"public": 0o644, "secret": 0o600, "group": 0o640, "tool": 0o711} {
+		if err := errors.Join(os.WriteFile(filepath.Join(dir, name), []byte("host secret"), 0o600), os.Chmod(filepath.Join(dir, name), mode)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, mode := range map[string]os.FileMode{"private": 0o700, "list": 0o754, "pass": 0o751} {
+		d := filepath.Join(dir, name)
+		if err := errors.Join(os.Mkdir(d, 0o700), os.WriteFile(filepath.Join(d, "file"), []byte("host secret"), 0o644), os.Chmod(d, mode)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := startBox(t, testMachine(t))
+	if out := b.sh("cd " + dir + " && stat -c %a . && find . -mindepth 1 && cat public"); out != "775\n./public\nhost secret" {
+		t.Errorf("seen of %s: %q", dir, out)
+	}
+	if out := b.sh("cd " + dir + " && mkdir private && echo mine >secret && cat secret && ls -A private"); out != "mine" {
+		t.Errorf("names of hidden files used inside: %q", out)
+	}
+}
+
 func TestViewHasNoCredentials(t *testing.T) {
 	root, _, _, err := hostImage(false)
 	if err != nil {
