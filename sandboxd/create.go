@@ -153,8 +153,7 @@ func (m *Manager) reserve(spec CreateSpec, tmpl Template, alias string) (*life, 
 		return nil, errStopping
 	}
 	if len(m.lives) >= m.opts.MaxSandboxes {
-		return nil, errs.New(errs.Exhausted, "you have reached the maximum number of concurrent E2B sandboxes (%d) of this node",
-			m.opts.MaxSandboxes)
+		return nil, errs.New(errs.Exhausted, "this node is full (%d sandboxes)", m.opts.MaxSandboxes)
 	}
 	slot, ok := m.slots.acquire(time.Now())
 	if !ok {

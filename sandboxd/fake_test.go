@@ -186,6 +186,7 @@ func (m fakeMachine) Close(context.Context) error {
 	if left := m.host.leftovers(); len(left) > 0 {
 		return fmt.Errorf("closed while %q exist", left)
 	}
+	m.host.note("close")
 	return nil
 }
 
@@ -296,8 +297,15 @@ func (p *fakeProc) Init(ctx context.Context, r guest.InitRequest) error {
 }
 func (p *fakeProc) Health(ctx context.Context) error { return p.host.ask(ctx, "health") }
 func (p *fakeProc) Metrics(ctx context.Context) (guest.Metrics, error) {
-	return guest.Metrics{CPUCount: 2, CPUUsedPct: 12.5}, p.host.ask(ctx, "metrics")
+	err := p.host.ask(ctx, "metrics")
+	if errors.Is(err, errPanic) {
+		panic(err)
+	}
+	return guest.Metrics{CPUCount: 2, CPUUsedPct: 12.5}, err
 }
+
+// errPanic makes what it fails panic.
+var errPanic = errors.New("index out of range")
 
 func (p *fakeProc) SetFence(ctx context.Context, fence egress.Policy) error {
 	if err := p.host.ask(ctx, "set fence"); err != nil {

@@ -157,11 +157,11 @@ func (m *Manager) forget(l *life) {
 	m.slots.release(l.place.Slot, time.Now())
 	m.mu.Lock()
 	delete(m.lives, l.id)
-	reason, refused, lived := l.reason, l.refused, time.Since(l.rec.Sandbox.StartedAt)
+	reason, refused := l.reason, l.refused
 	m.mu.Unlock()
 	m.stats.sandboxes.Dec()
 	m.stats.gone[reason].Inc()
-	l.log.Info("sandbox gone", zap.String("reason", string(reason)), zap.Duration("took", lived), zap.Any("refused", refused))
+	l.log.Info("sandbox gone", zap.String("reason", string(reason)), zap.Any("refused", refused))
 }
 
 // attend watches a running sandbox: it samples what the guest uses, and when the sandbox dies by itself sees to its end. It is the
@@ -169,6 +169,7 @@ func (m *Manager) forget(l *life) {
 func (m *Manager) attend(l *life, instance Instance) {
 	tick := time.NewTicker(sampleInterval)
 	defer tick.Stop()
+	quiet := silence{last: time.Now()}
 	for {
 		select {
 		case <-l.ctx.Done():
@@ -180,7 +181,9 @@ func (m *Manager) attend(l *life, instance Instance) {
 			m.condemn(l, GoneDied)
 			return
 		case <-tick.C:
-			m.sample(l, instance)
+			if err := quiet.note(time.Now(), m.sample(l, instance)); err != nil {
+				l.log.Warn("guest does not answer", zap.Error(err))
+			}
 		}
 	}
 }

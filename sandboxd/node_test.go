@@ -531,7 +531,7 @@ func TestLimits(t *testing.T) {
 			n.create(time.Minute)
 			sb := n.create(time.Minute)
 			_, err := n.m.Create(t.Context(), spec(time.Minute))
-			wantError(t, "Create", err, errs.Exhausted, "you have reached the maximum number of concurrent E2B sandboxes (2)")
+			wantError(t, "Create", err, errs.Exhausted, "this node is full (2 sandboxes)")
 			if err := n.m.Kill(t.Context(), sb.ID); err != nil {
 				t.Fatal(err)
 			}
@@ -723,6 +723,18 @@ func TestStop(t *testing.T) {
 			}
 		})
 	})
+	t.Run("keeps nothing when there is nothing", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			n := newNode(t).start(keep)
+			sb := n.create(time.Minute)
+			if err := errors.Join(n.m.Kill(t.Context(), sb.ID), n.stop()); err != nil {
+				t.Error(err)
+			}
+			if !slices.Contains(n.host.events(), "close") {
+				t.Error("what the machine made on the host stays, though no sandbox does")
+			}
+		})
+	})
 	t.Run("says what it could not remove", func(t *testing.T) {
 		bubble(t, func(t *testing.T, n *node) {
 			n.create(time.Minute)
@@ -764,4 +776,47 @@ func TestMetricsAreSampled(t *testing.T) {
 			t.Errorf("%d samples, want the last %d in order", len(got), samplesKept)
 		}
 	})
+}
+
+// TestPanicInASample: what one guest answers must not end the node of all others.
+func TestPanicInASample(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		sb := n.create(time.Hour)
+		n.host.setFail("metrics", errPanic)
+		time.Sleep(2*sampleInterval + time.Second)
+		synctest.Wait()
+		n.wantState(sb.ID, StateRunning)
+		if got := n.m.stats.samplesPanicked.Get(); got != 2 {
+			t.Errorf("%d panics counted, want 2", got)
+		}
+		n.host.setFail("metrics", nil)
+		time.Sleep(sampleInterval)
+		if got, err := n.m.Metrics(t.Context(), sb.ID); err != nil || len(got) != 1 {
+			t.Errorf("Metrics() = %v, %v, want one sample", got, err)
+		}
+	})
+}
+
+func TestSilence(t *testing.T) {
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	s := silence{last: at}
+	mute := errors.New("no answer")
+	said := 0
+	for i := range 30 {
+		err := s.note(at.Add(time.Duration(i+1)*sampleInterval), mute)
+		if err == nil {
+			continue
+		}
+		said++
+		if want := "12 samples missed since 2026-01-02T03:04:05Z: no answer"; err.Error() != want {
+			t.Errorf("note() = %q, want %q", err, want)
+		}
+	}
+	if said != 1 {
+		t.Errorf("said %d times, want once", said)
+	}
+	at = at.Add(time.Hour)
+	if err := s.note(at, nil); err != nil || s != (silence{last: at}) {
+		t.Errorf("after an answer: %v, %+v", err, s)
+	}
 }

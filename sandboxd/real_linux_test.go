@@ -730,7 +730,9 @@ func liveOnce(t *testing.T, n realNode, m *Manager) {
 			t.Errorf("rules in the sandbox's namespace: %v\n%s", err, rules)
 		}
 	}
-	m.sample(m.lives[sb.ID], m.instanceOf(m.lives[sb.ID]))
+	if err := m.sample(m.lives[sb.ID], m.instanceOf(m.lives[sb.ID])); err != nil {
+		t.Errorf("sample() = %v", err)
+	}
 	if got, err := m.Metrics(ctx, sb.ID); err != nil || len(got) != 1 || got[0].CPUCount == 0 || got[0].MemTotal == 0 {
 		t.Errorf("Metrics() = %+v, %v", got, err)
 	}

@@ -240,7 +240,8 @@ func (m *Manager) enter(ctx context.Context) (leave func(), err error) {
 
 var errStopping = errs.New(errs.Unavailable, "the node is stopping")
 
-// stop ends all lives, or leaves the committed ones to the next run, and waits for every goroutine.
+// stop ends all lives, or leaves the committed ones to the next run, and waits for every goroutine. When no sandbox is left, nothing
+// of the machine stays on the host either.
 func (m *Manager) stop() error {
 	m.mu.Lock()
 	m.draining = true
@@ -253,10 +254,11 @@ func (m *Manager) stop() error {
 	m.close()
 	m.announce(context.Background())
 	m.jobs.Wait()
-	if m.opts.KeepSandboxes {
+	n := m.count()
+	if n > 0 && m.opts.KeepSandboxes {
 		return m.releaseAll()
 	}
-	if n := m.count(); n > 0 {
+	if n > 0 {
 		return fmt.Errorf("%d sandboxes could not be removed; the next start will try again", n)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), destroyTime)

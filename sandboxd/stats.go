@@ -18,7 +18,7 @@ import (
 type stats struct {
 	created, createFailed, adopted, strangers, removeFailed      *metrics.Counter
 	publishFailed, withdrawFailed, announceFailed, samplesFailed *metrics.Counter
-	adoptedMute, resetSlow, recordFailed                         *metrics.Counter
+	adoptedMute, resetSlow, recordFailed, samplesPanicked        *metrics.Counter
 
 	set       *metrics.Set
 	sandboxes *metrics.Gauge
@@ -30,24 +30,25 @@ type stats struct {
 
 func newStats(set *metrics.Set) *stats {
 	s := &stats{
-		set:            set,
-		sandboxes:      set.GetOrCreateGauge("sluice_sandboxd_sandboxes", nil),
-		removed:        set.GetOrCreateHistogram("sluice_sandboxd_remove_seconds"),
-		created:        set.GetOrCreateCounter("sluice_sandboxd_created_total"),
-		createFailed:   set.GetOrCreateCounter("sluice_sandboxd_create_failures_total"),
-		adopted:        set.GetOrCreateCounter("sluice_sandboxd_adopted_total"),
-		recordFailed:   set.GetOrCreateCounter("sluice_sandboxd_record_failures_total"),
-		resetSlow:      set.GetOrCreateCounter("sluice_sandboxd_slow_resets_total"),
-		adoptedMute:    set.GetOrCreateCounter("sluice_sandboxd_adopted_mute_total"),
-		strangers:      set.GetOrCreateCounter("sluice_sandboxd_strangers_removed_total"),
-		removeFailed:   set.GetOrCreateCounter("sluice_sandboxd_remove_failures_total"),
-		publishFailed:  set.GetOrCreateCounter("sluice_sandboxd_publish_failures_total"),
-		withdrawFailed: set.GetOrCreateCounter("sluice_sandboxd_withdraw_failures_total"),
-		announceFailed: set.GetOrCreateCounter("sluice_sandboxd_announce_failures_total"),
-		samplesFailed:  set.GetOrCreateCounter("sluice_sandboxd_sample_failures_total"),
-		gone:           make(map[GoneReason]*metrics.Counter),
-		phase:          make(map[Step]*metrics.Histogram),
-		opens:          make(map[link.Verdict]*metrics.Counter),
+		set:             set,
+		sandboxes:       set.GetOrCreateGauge("sluice_sandboxd_sandboxes", nil),
+		removed:         set.GetOrCreateHistogram("sluice_sandboxd_remove_seconds"),
+		created:         set.GetOrCreateCounter("sluice_sandboxd_created_total"),
+		createFailed:    set.GetOrCreateCounter("sluice_sandboxd_create_failures_total"),
+		adopted:         set.GetOrCreateCounter("sluice_sandboxd_adopted_total"),
+		recordFailed:    set.GetOrCreateCounter("sluice_sandboxd_record_failures_total"),
+		resetSlow:       set.GetOrCreateCounter("sluice_sandboxd_slow_resets_total"),
+		adoptedMute:     set.GetOrCreateCounter("sluice_sandboxd_adopted_mute_total"),
+		strangers:       set.GetOrCreateCounter("sluice_sandboxd_strangers_removed_total"),
+		removeFailed:    set.GetOrCreateCounter("sluice_sandboxd_remove_failures_total"),
+		publishFailed:   set.GetOrCreateCounter("sluice_sandboxd_publish_failures_total"),
+		withdrawFailed:  set.GetOrCreateCounter("sluice_sandboxd_withdraw_failures_total"),
+		announceFailed:  set.GetOrCreateCounter("sluice_sandboxd_announce_failures_total"),
+		samplesPanicked: set.GetOrCreateCounter("sluice_sandboxd_sample_panics_total"),
+		samplesFailed:   set.GetOrCreateCounter("sluice_sandboxd_sample_failures_total"),
+		gone:            make(map[GoneReason]*metrics.Counter),
+		phase:           make(map[Step]*metrics.Histogram),
+		opens:           make(map[link.Verdict]*metrics.Counter),
 	}
 	for _, reason := range goneReasons {
 		s.gone[reason] = set.GetOrCreateCounter(fmt.Sprintf("sluice_sandboxd_gone_total{reason=%q}", reason))
@@ -77,6 +78,7 @@ const (
 	sampleInterval = 5 * time.Second
 	sampleTime     = time.Second
 	samplesKept    = 720 // one hour
+	muteAfter      = time.Minute
 )
 
 // samples is a ring of the last hour. It grows as it fills: most sandboxes live for minutes.
@@ -148,18 +150,54 @@ func (m *Manager) Refusals(id string) (egress.Refusals, error) {
 }
 
 // sample asks the guest once. What it answers is the word of hostile code: it is shown to its own tenant and used for nothing.
-func (m *Manager) sample(l *life, instance Instance) {
+func (m *Manager) sample(l *life, instance Instance) error {
 	m.countRefusals(l, instance)
-	ctx, cancel := context.WithTimeout(l.ctx, sampleTime)
-	defer cancel()
-	got, err := instance.Metrics(ctx)
+	got, err := m.askMetrics(l, instance)
 	if err != nil {
 		m.stats.samplesFailed.Inc()
-		return
+		return err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	l.samples.add(metricsOf(got, now()))
+	return nil
+}
+
+// askMetrics survives a panic, which nothing else here does. Elsewhere a panic means that an invariant of ours is broken, and the
+// node is better off starting anew. Here it would mean that a library did not stand what a guest sent: nothing of ours is touched
+// before the answer is whole, so there is nothing to distrust, and one guest could end the node of all others every five seconds.
+func (m *Manager) askMetrics(l *life, instance Instance) (got guest.Metrics, err error) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			err = fmt.Errorf("panic: %v", cause)
+			m.stats.samplesPanicked.Inc()
+			l.log.Error("panic while asking a guest for what it uses", zap.Error(err), zap.Stack("stack"))
+		}
+	}()
+	ctx, cancel := context.WithTimeout(l.ctx, sampleTime)
+	defer cancel()
+	return instance.Metrics(ctx)
+}
+
+// silence is how long a guest has not answered. Once in each it is said, because a sandbox without metrics surprises its owner.
+type silence struct {
+	last   time.Time // of the answer before; the begin when there was none
+	missed int
+	said   bool
+}
+
+// note takes the outcome of one sample; it returns what to say, if anything.
+func (s *silence) note(at time.Time, err error) error {
+	if err == nil {
+		*s = silence{last: at}
+		return nil
+	}
+	s.missed++
+	if s.said || at.Sub(s.last) < muteAfter {
+		return nil
+	}
+	s.said = true
+	return fmt.Errorf("%d samples missed since %s: %w", s.missed, s.last.UTC().Format(time.RFC3339), err)
 }
 
 // metricsOf takes over a guest's figures with our own time, and without those that no encoder accepts.
