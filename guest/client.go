@@ -9,12 +9,9 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"strings"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -24,8 +21,8 @@ const (
 	maxAnswer = 64 << 10
 )
 
-// Client is the node's side of the control socket. The sandbox may have replaced the agent, so every call has a deadline, every answer a limit, and
-// a socket that is handed over is looked at before it is used. A Client has no state to close: each call makes a connection of its own.
+// Client is the node's side of the control socket. The sandbox may have replaced the agent, so every call has a deadline and every answer a limit,
+// and no descriptor is taken from it. A Client has no state to close: each call makes a connection of its own.
 type Client struct {
 	dial func(ctx context.Context) (net.Conn, error)
 	http *http.Client
@@ -39,7 +36,7 @@ func NewClient(socketPath string) *Client {
 	})
 }
 
-// NewClientDial talks over connections that dial makes: over vsock, say. DialPort works on Unix sockets only.
+// NewClientDial talks over connections that dial makes: over vsock, say.
 func NewClientDial(dial func(ctx context.Context) (net.Conn, error)) *Client {
 	return &Client{dial: dial, http: &http.Client{
 		Transport: &http.Transport{
@@ -145,11 +142,8 @@ func (c *Client) call(ctx context.Context, method, path string, body []byte, wan
 	return nil
 }
 
-// DialPort connects to a server in the sandbox by asking the agent for a connected socket. When nobody listens the error is
-// syscall.ECONNREFUSED by errors.Is.
-//
-// The socket's file description is shared with the agent, which may keep a copy: it can read, write, close or unblock it behind our back, though
-// nothing in it is worth more than the sandbox's own traffic.
+// DialPort connects to a server in the sandbox: the agent connects inside, and the connection to the agent is then the stream. It has
+// CloseWrite where what dial makes has, as Unix sockets and vsock do. When nobody listens the error is syscall.ECONNREFUSED by errors.Is.
 func (c *Client) DialPort(ctx context.Context, port uint16) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
@@ -157,104 +151,36 @@ func (c *Client) DialPort(ctx context.Context, port uint16) (net.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dial guest: %w", err)
 	}
-	defer conn.Close()
-	carrier, ok := conn.(*net.UnixConn)
-	if !ok {
-		return nil, fmt.Errorf("dial port %d through guest: %w", port, errors.ErrUnsupported)
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	err = requestStream(conn, port)
+	if !stop() && err == nil {
+		err = ctx.Err() // the deadline is set, or is just being set
 	}
-	stop := context.AfterFunc(ctx, func() { _ = carrier.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-	socket, err := requestSocket(carrier, port)
 	if err != nil {
+		conn.Close()
 		if ctx.Err() != nil {
 			err = ctx.Err()
 		}
 		return nil, fmt.Errorf("dial port %d through guest: %w", port, err)
 	}
-	defer socket.Close() // FileConn makes a duplicate
-	target, err := net.FileConn(socket)
-	if err != nil {
-		return nil, fmt.Errorf("use socket of guest: %w", err)
-	}
-	return target, nil
+	return conn, nil
 }
 
-func requestSocket(carrier *net.UnixConn, port uint16) (*os.File, error) {
-	if _, err := carrier.Write([]byte{dialHello, byte(port >> 8), byte(port)}); err != nil {
-		return nil, err
+// requestStream reads the verdict and no byte more: what follows is the server's.
+func requestStream(conn net.Conn, port uint16) error {
+	if _, err := conn.Write([]byte{dialHello, byte(port >> 8), byte(port)}); err != nil {
+		return err
 	}
 	var verdict [1]byte
-	// Room for exactly one descriptor: the kernel drops whatever else is sent.
-	oob := make([]byte, unix.CmsgLen(4))
-	n, oobn, flags, _, err := carrier.ReadMsgUnix(verdict[:], oob)
-	fds := received(oob[:oobn])
-	if err == nil && n == 0 {
-		err = io.ErrUnexpectedEOF
+	if _, err := io.ReadFull(conn, verdict[:]); err != nil {
+		return err
 	}
-	switch {
-	case err != nil:
-	case flags&unix.MSG_CTRUNC != 0 || len(fds) > 1:
-		err = errors.New("guest sent more than one descriptor")
-	case verdict[0] == dialRefused:
-		err = syscall.ECONNREFUSED
-	case verdict[0] != dialOpen:
-		err = errors.New("guest could not connect")
-	case len(fds) == 0:
-		err = errors.New("guest sent no descriptor")
-	default:
-		err = checkSocket(fds[0])
-	}
-	if err != nil {
-		for _, fd := range fds {
-			unix.Close(fd)
-		}
-		return nil, err
-	}
-	return os.NewFile(uintptr(fds[0]), "guest"), nil
-}
-
-// received are the descriptors in a control message; whatever else is in it is nothing that we asked for.
-func received(oob []byte) []int {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
+	switch verdict[0] {
+	case dialOpen:
 		return nil
+	case dialRefused:
+		return syscall.ECONNREFUSED
+	default:
+		return errors.New("guest could not connect")
 	}
-	var fds []int
-	for _, m := range messages {
-		if rights, err := unix.ParseUnixRights(&m); err == nil {
-			fds = append(fds, rights...)
-		}
-	}
-	return fds
-}
-
-// checkSocket accepts a connected TCP socket and nothing else: not a file of the sandbox, not a listener, not a device.
-func checkSocket(fd int) error {
-	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
-	if err != nil {
-		return fmt.Errorf("descriptor of guest is no socket: %w", err)
-	}
-	if domain != unix.AF_INET && domain != unix.AF_INET6 {
-		return fmt.Errorf("socket of guest has domain %d", domain)
-	}
-	for _, want := range []struct {
-		option, value int
-		name          string
-	}{
-		{unix.SO_TYPE, unix.SOCK_STREAM, "type"},
-		{unix.SO_PROTOCOL, unix.IPPROTO_TCP, "protocol"},
-		{unix.SO_ACCEPTCONN, 0, "listening state"},
-	} {
-		got, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, want.option)
-		if err != nil {
-			return fmt.Errorf("socket of guest: %w", err)
-		}
-		if got != want.value {
-			return fmt.Errorf("socket of guest has %s %d", want.name, got)
-		}
-	}
-	if _, err := unix.Getpeername(fd); err != nil {
-		return fmt.Errorf("socket of guest is not connected: %w", err)
-	}
-	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -86,8 +87,9 @@ func (a *agent) adoptMachine(req initRequest) {
 }
 
 // The dial protocol shares the control socket with HTTP: the first byte tells them apart, since no HTTP method begins with a NUL. The
-// request is dialHello and the port in network order; the answer is one verdict byte, and with dialOpen the connected socket comes along as
-// SCM_RIGHTS. So the node gets a socket of the sandbox's network without any right to enter it.
+// request is dialHello and the port in network order; the answer is one verdict byte, and after dialOpen the connection is the stream to that
+// port, each direction of which ends by itself. No descriptor is handed over: its file description would be shared with the sandbox, which could
+// make the node's threads block on it. A server's reset arrives as an end of stream.
 const (
 	dialHello = 0x00
 
@@ -101,6 +103,8 @@ const (
 	helloTime = 10 * time.Second
 	// maxDials bounds the connections of the control socket that have not shown what they are, or are dialing.
 	maxDials = 256
+	// maxStreams bounds those that are streams. With the pipes that the kernel moves their bytes through they take six descriptors each.
+	maxStreams = 4096
 )
 
 // dialListener answers dial requests by itself and hands every other connection on, as a listener for HTTP.
@@ -109,18 +113,19 @@ type dialListener struct {
 	log   *slog.Logger
 	web   chan net.Conn // closed by accept, when all that it started is done
 	slots chan struct{}
+	flows chan struct{} // holds one for each stream
 	done  chan struct{} // closed by Close
 	err   error         // of the inner Accept; written before web is closed
 
 	mu     sync.Mutex
-	fresh  map[net.Conn]struct{} // not handed on yet
+	ours   map[net.Conn]struct{} // not handed on, or streams
 	closed bool
 }
 
 func newDialListener(inner net.Listener, log *slog.Logger) *dialListener {
 	l := &dialListener{
-		Listener: inner, log: log, web: make(chan net.Conn), slots: make(chan struct{}, maxDials), done: make(chan struct{}),
-		fresh: map[net.Conn]struct{}{},
+		Listener: inner, log: log, web: make(chan net.Conn), slots: make(chan struct{}, maxDials),
+		flows: make(chan struct{}, maxStreams), done: make(chan struct{}), ours: map[net.Conn]struct{}{},
 	}
 	go l.accept()
 	return l
@@ -141,9 +146,17 @@ func (l *dialListener) accept() {
 		}
 		l.slots <- struct{}{}
 		open.Go(func() {
-			defer func() { <-l.slots }()
-			if l.track(conn) {
-				l.sort(conn)
+			if !l.track(conn) {
+				<-l.slots
+				return
+			}
+			defer l.untrack(conn)
+			target := l.sort(conn)
+			<-l.slots
+			if target != nil {
+				_ = conn.SetDeadline(time.Time{})
+				relay(conn, target)
+				<-l.flows
 			}
 		})
 	}
@@ -157,14 +170,14 @@ func (l *dialListener) track(conn net.Conn) bool {
 		conn.Close()
 		return false
 	}
-	l.fresh[conn] = struct{}{}
+	l.ours[conn] = struct{}{}
 	return true
 }
 
 func (l *dialListener) untrack(conn net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	delete(l.fresh, conn)
+	delete(l.ours, conn)
 }
 
 // pause waits out a shortage of descriptors; false for an error that stays.
@@ -176,21 +189,29 @@ func pause(err error) bool {
 	return false
 }
 
-// sort finds out what a connection is for.
-func (l *dialListener) sort(conn net.Conn) {
-	defer l.untrack(conn)
+// sort finds out what a connection is for. What it returns is the other end of a stream.
+func (l *dialListener) sort(conn net.Conn) *net.TCPConn {
 	var first [1]byte
 	_ = conn.SetDeadline(time.Now().Add(helloTime))
 	if _, err := conn.Read(first[:]); err != nil {
 		conn.Close()
-		return
+		return nil
 	}
 	if first[0] == dialHello {
-		defer conn.Close()
-		if err := answerDial(conn); err != nil {
-			l.log.Debug("dial for the node failed", "error", err)
+		select {
+		case l.flows <- struct{}{}:
+		default:
+			_, _ = conn.Write([]byte{dialFailed})
+			conn.Close()
+			return nil
 		}
-		return
+		target, err := answerDial(conn)
+		if err != nil {
+			l.log.Debug("dial for the node failed", "error", err)
+			conn.Close()
+			<-l.flows
+		}
+		return target
 	}
 	_ = conn.SetDeadline(time.Time{})
 	select {
@@ -198,6 +219,7 @@ func (l *dialListener) sort(conn net.Conn) {
 	case <-l.done:
 		conn.Close()
 	}
+	return nil
 }
 
 // Accept returns the next HTTP connection.
@@ -221,7 +243,7 @@ func (l *dialListener) Close() error {
 		return nil
 	}
 	l.closed = true
-	for conn := range l.fresh {
+	for conn := range l.ours {
 		conn.Close()
 	}
 	l.mu.Unlock()
@@ -248,43 +270,51 @@ func (c *peekedConn) Read(p []byte) (int, error) {
 	return c.Conn.Read(p)
 }
 
-func answerDial(conn net.Conn) error {
-	carrier, ok := conn.(*net.UnixConn)
-	if !ok {
-		return errors.ErrUnsupported
-	}
+// answerDial connects to the port that the node names, and says so.
+func answerDial(conn net.Conn) (*net.TCPConn, error) {
 	var port [2]byte
-	for got := 0; got < len(port); {
-		n, err := carrier.Read(port[got:])
-		if err != nil {
-			return err
-		}
-		got += n
+	if _, err := io.ReadFull(conn, port[:]); err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), dialTime)
 	defer cancel()
 	target, err := dialLocal(ctx, uint16(port[0])<<8|uint16(port[1]))
-	if err != nil {
-		verdict := byte(dialFailed)
-		if errors.Is(err, syscall.ECONNREFUSED) {
-			verdict = dialRefused
-		}
-		_, werr := carrier.Write([]byte{verdict})
-		return errors.Join(err, werr)
+	verdict := byte(dialOpen)
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		verdict = dialRefused
+	case err != nil:
+		verdict = dialFailed
 	}
-	defer target.Close()
-	return sendSocket(carrier, target)
+	if _, werr := conn.Write([]byte{verdict}); werr != nil {
+		if target != nil {
+			target.Close()
+		}
+		return nil, errors.Join(err, werr)
+	}
+	return target, err
 }
 
-func sendSocket(carrier *net.UnixConn, socket *net.TCPConn) error {
-	raw, err := socket.SyscallConn()
-	if err != nil {
-		return err
+// relay carries both directions until both have ended, or one has broken.
+func relay(node net.Conn, target *net.TCPConn) {
+	var back sync.WaitGroup
+	back.Go(func() { carryTo(node, target) })
+	carryTo(target, node)
+	back.Wait()
+	node.Close()
+	target.Close()
+}
+
+// carryTo copies one direction and passes its end on. An error closes both, so that the other direction does not wait for ever.
+func carryTo(dst, src net.Conn) {
+	_, err := io.Copy(dst, src)
+	if half, ok := dst.(interface{ CloseWrite() error }); ok && err == nil {
+		err = half.CloseWrite()
 	}
-	cerr := raw.Control(func(fd uintptr) {
-		_, _, err = carrier.WriteMsgUnix([]byte{dialOpen}, unix.UnixRights(int(fd)), nil)
-	})
-	return errors.Join(cerr, err)
+	if err != nil {
+		dst.Close()
+		src.Close()
+	}
 }
 
 // dialLocal connects to a server in the sandbox, on whichever of its addresses it listens: most listen on loopback or everywhere. Refused
