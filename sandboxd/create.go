@@ -152,6 +152,9 @@ func (m *Manager) reserve(spec CreateSpec, tmpl Template, alias string) (*life, 
 	if m.draining {
 		return nil, errStopping
 	}
+	if m.broken {
+		return nil, errs.New(errs.Unavailable, "this node cannot start sandboxes: its host's network is not in order")
+	}
 	if len(m.lives) >= m.opts.MaxSandboxes {
 		return nil, errs.New(errs.Exhausted, "this node is full (%d sandboxes)", m.opts.MaxSandboxes)
 	}

@@ -181,7 +181,10 @@ type fakeMachine struct {
 func (m fakeMachine) Name() string                    { return "fake" }
 func (m fakeMachine) Slots() int                      { return m.slots }
 func (m fakeMachine) Setup(ctx context.Context) error { return m.host.ask(ctx, "setup") }
-func (m fakeMachine) Release() error                  { return nil }
+func (m fakeMachine) Maintain(ctx context.Context) error {
+	return m.host.ask(ctx, "maintain")
+}
+func (m fakeMachine) Release() error { return nil }
 func (m fakeMachine) Close(context.Context) error {
 	if left := m.host.leftovers(); len(left) > 0 {
 		return fmt.Errorf("closed while %q exist", left)

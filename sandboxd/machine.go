@@ -32,6 +32,9 @@ type Machine interface {
 	Slots() int
 	// Setup prepares the host; it may find the work of an earlier run.
 	Setup(ctx context.Context) error
+	// Maintain looks whether what Setup made is still in place, because somebody else's hands are on the host too, and puts back what
+	// is missing. An error means that sandboxes lack it. It is called every few seconds.
+	Maintain(ctx context.Context) error
 	// Close removes what Setup made. All places are destroyed by then.
 	Close(ctx context.Context) error
 	// Release lets go of the host without changing it, for a node that stops and leaves its sandboxes running.

@@ -46,6 +46,7 @@ func testMachine(t *testing.T, m Machine, dir string) {
 
 	must("setup", m.Setup(ctx))
 	must("setup again", m.Setup(ctx))
+	must("maintain", m.Maintain(ctx))
 	must("destroy nothing", m.Destroy(ctx, place, reached))
 	instance, err := m.Start(ctx, place, egress.Policy{AllowInternet: true}, reached)
 	must("start", err)

@@ -134,6 +134,17 @@ func hasNetworks(node string) (bool, error) {
 	return len(names) > 0, err
 }
 
+// Maintain looks after the host's table and forwarding.
+func (m *NamespaceMachine) Maintain(ctx context.Context) error {
+	if m.network == nil {
+		return nil
+	}
+	if network, ok := any(m.network).(interface{ Maintain(context.Context) error }); ok {
+		return network.Maintain(ctx)
+	}
+	return nil
+}
+
 // Close removes the host's table.
 func (m *NamespaceMachine) Close(ctx context.Context) error {
 	if m.network == nil {

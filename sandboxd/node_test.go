@@ -820,3 +820,21 @@ func TestSilence(t *testing.T) {
 		t.Errorf("after an answer: %v, %+v", err, s)
 	}
 }
+
+// TestBrokenHost: somebody flushed the host's table, and it cannot be put back.
+func TestBrokenHost(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		sb := n.create(time.Hour)
+		n.host.setFail("maintain", errors.New("no such table"))
+		time.Sleep(2 * n.m.opts.LeaseTTL)
+		_, err := n.m.Create(t.Context(), spec(time.Minute))
+		wantError(t, "Create", err, errs.Unavailable, "network is not in order")
+		n.wantState(sb.ID, StateRunning)
+		if !n.cat.node.Draining {
+			t.Error("the lease does not say that the node takes no sandboxes")
+		}
+		n.host.setFail("maintain", nil)
+		time.Sleep(n.m.opts.LeaseTTL)
+		n.create(time.Hour)
+	})
+}

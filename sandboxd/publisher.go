@@ -32,7 +32,7 @@ type Capacity struct {
 	Sandboxes    int
 	MaxSandboxes int
 	Machine      string
-	Draining     bool // takes no new sandboxes: it is starting or stopping
+	Draining     bool // takes no new sandboxes: it is starting or stopping, or its host is broken
 }
 
 // Publisher is the catalogue that edges read; wiring satisfies it with a routing.Store and the name of this node. Every method

@@ -51,6 +51,7 @@ const (
 	guestTime       = 10 * time.Second // one control call to the guest
 	publishTime     = 2 * time.Second  // one write to the catalogue
 	withdrawTime    = time.Second      // delays every kill while the catalogue hangs, so it is short; the routes job repeats it
+	maintainTime    = 5 * time.Second  // one look at what the machine made on the host
 	resetTime       = time.Second      // for the reset of connections; the process is killed even if they will not close
 	destroyTime     = 30 * time.Second // one attempt to remove a sandbox
 )
@@ -84,6 +85,7 @@ type Manager struct {
 	mu             sync.RWMutex // guards the fields below and the changing ones of every life; never held across a wait
 	lives          map[string]*life
 	draining       bool
+	broken         bool // what the machine made on the host is not whole
 	lastGeneration uint64
 }
 
@@ -165,6 +167,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	var jobs run.Group
 	jobs.Add("reconcile", m.takeOver)
 	jobs.Add("lease", m.keepLease) // at once: what has been taken up is reached again while the rest is still being looked at
+	jobs.Add("host", m.whenReady(m.keepHost))
 	jobs.Add("journal", m.keepJournal)
 	jobs.Add("deadlines", m.whenReady(m.keepDeadlines))
 	jobs.Add("routes", m.whenReady(m.keepRoutes))
@@ -186,7 +189,7 @@ func (m *Manager) Capacity() Capacity {
 		Sandboxes:    len(m.lives),
 		MaxSandboxes: min(m.opts.MaxSandboxes, m.machine.Slots()),
 		Machine:      m.machine.Name(),
-		Draining:     m.draining || !m.isReady(),
+		Draining:     m.draining || m.broken || !m.isReady(),
 	}
 }
 
@@ -239,6 +242,43 @@ func (m *Manager) enter(ctx context.Context) (leave func(), err error) {
 }
 
 var errStopping = errs.New(errs.Unavailable, "the node is stopping")
+
+// keepHost has the machine look after what it made on the host, as often as the lease is renewed. While that is broken the node takes no new
+// sandboxes; those that run are left alone, because their own fence is inside their own network.
+func (m *Manager) keepHost(ctx context.Context) error {
+	tick := time.NewTicker(m.opts.LeaseTTL / 3)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		err := m.maintain(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		m.mu.Lock()
+		was := m.broken
+		m.broken = err != nil
+		m.mu.Unlock()
+		switch {
+		case err != nil:
+			m.stats.hostBroken.Inc()
+			if !was {
+				m.log.Warn("host is not as the machine left it, no new sandboxes until it is", zap.Error(err))
+			}
+		case was:
+			m.log.Info("host is whole again")
+		}
+	}
+}
+
+func (m *Manager) maintain(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, maintainTime)
+	defer cancel()
+	return m.machine.Maintain(ctx)
+}
 
 // stop ends all lives, or leaves the committed ones to the next run, and waits for every goroutine. When no sandbox is left, nothing
 // of the machine stays on the host either.

@@ -19,6 +19,7 @@ type stats struct {
 	created, createFailed, adopted, strangers, removeFailed      *metrics.Counter
 	publishFailed, withdrawFailed, announceFailed, samplesFailed *metrics.Counter
 	adoptedMute, resetSlow, recordFailed, samplesPanicked        *metrics.Counter
+	hostBroken                                                   *metrics.Counter
 
 	set       *metrics.Set
 	sandboxes *metrics.Gauge
@@ -37,6 +38,7 @@ func newStats(set *metrics.Set) *stats {
 		createFailed:    set.GetOrCreateCounter("sluice_sandboxd_create_failures_total"),
 		adopted:         set.GetOrCreateCounter("sluice_sandboxd_adopted_total"),
 		recordFailed:    set.GetOrCreateCounter("sluice_sandboxd_record_failures_total"),
+		hostBroken:      set.GetOrCreateCounter("sluice_sandboxd_host_broken_total"), // looks, not losses
 		resetSlow:       set.GetOrCreateCounter("sluice_sandboxd_slow_resets_total"),
 		adoptedMute:     set.GetOrCreateCounter("sluice_sandboxd_adopted_mute_total"),
 		strangers:       set.GetOrCreateCounter("sluice_sandboxd_strangers_removed_total"),
