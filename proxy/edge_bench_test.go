@@ -31,6 +31,20 @@ func BenchmarkEdgeTokenAndMask(b *testing.B) {
 	benchmarkGet(b, func() net.Conn { return mustDial(b, e.addr) })
 }
 
+// A connection that carried a body to a sandbox's own server is used once; to the agent, again and again.
+func BenchmarkEdgePost(b *testing.B) {
+	for name, host := range map[string]string{"sandbox": "3000-isv", "agent": "49983-isv"} {
+		b.Run(name, func(b *testing.B) {
+			e := startEdge(b)
+			addr := benchBackend(b)
+			e.sandbox(b, routing.Route{Sandbox: "isv"}, map[uint16]string{3000: addr, envdPort: addr})
+			body := append(bytes.Repeat([]byte{'x'}, 1020), "\r\n\r\n"...) // ends as benchBackend wants it
+			request := append([]byte("POST / HTTP/1.1\r\nHost: "+host+".sluice.test\r\nContent-Length: 1024\r\n\r\n"), body...)
+			benchmarkRequest(b, request, func() net.Conn { return mustDial(b, e.addr) })
+		})
+	}
+}
+
 func BenchmarkEdgeTLS(b *testing.B) {
 	cert := testCertificate(b)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -78,7 +92,9 @@ func benchBackend(b testing.TB) string {
 	return be.addr
 }
 
-func benchmarkGet(b *testing.B, dial func() net.Conn) {
+func benchmarkGet(b *testing.B, dial func() net.Conn) { benchmarkRequest(b, benchRequest, dial) }
+
+func benchmarkRequest(b *testing.B, request []byte, dial func() net.Conn) {
 	b.ReportAllocs()
 	b.SetBytes(int64(len(benchAnswer)))
 	b.RunParallel(func(pb *testing.PB) {
@@ -86,7 +102,7 @@ func benchmarkGet(b *testing.B, dial func() net.Conn) {
 		defer nc.Close()
 		buf := make([]byte, len(benchAnswer))
 		for pb.Next() {
-			if _, err := nc.Write(benchRequest); err != nil {
+			if _, err := nc.Write(request); err != nil {
 				b.Error(err)
 				return
 			}

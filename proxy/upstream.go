@@ -556,6 +556,7 @@ func (x *exchange) passBody(left int64) error {
 func (x *exchange) finish() error {
 	complete, _ := x.finishBody(lastPartPatience) // the answer is out; what became of the body decides about the connections only
 	clean := x.r == x.w && complete && x.answer.persistent() && !x.c.head.http10
+	hadBody := x.c.head.framing == framingChunked || x.c.head.length > 0
 	if !complete {
 		x.keep = false
 		x.c.linger()
@@ -566,13 +567,22 @@ func (x *exchange) finish() error {
 	}
 	up := x.up
 	x.up = nil
-	if clean {
-		up.Release()
-	} else {
+	switch {
+	case !clean:
 		up.Discard()
+	case hadBody && !x.readsBodies():
+		_ = up.Close() // not by a reset: what it has not read of the body it may still want
+	default:
+		up.Release()
 	}
 	return nil
 }
+
+// readsBodies tells whether the server, once it has answered, is sure to be past the request's body. That all of a body was
+// written says nothing of it: many a server leaves one unread, most of them that of a GET, and then takes what is left for
+// the next request's head. That request would be another visitor's. So a connection that carried a body to a sandbox's own
+// server is used once. The agent and the API are net/http servers, which read a body to its end or close.
+func (x *exchange) readsBodies() bool { return x.api || x.rw.envd }
 
 // abandon ends a connection that is still held: after an error, a panic, or before a repetition.
 func (x *exchange) abandon() {
