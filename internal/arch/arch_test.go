@@ -33,12 +33,13 @@ var table = []row{
 	{[]string{"guest"}, []string{"guest/..."}, "guest may import nothing of this module but its own generated code"},
 	{[]string{"loadtest"}, nil, "loadtest may import nothing of this module"},
 	{[]string{"routing", "routing/routingtest"}, []string{"routing"}, "routing imports nothing sideways"},
-	{[]string{"auth", "certs", "link", "sandboxd/netdev", "sandboxd/egress", "sandboxd/namespace", "sandboxd/image"}, nil, "routing, auth, certs, link, sandboxd/* import nothing sideways"},
+	{[]string{"sandboxd/netdev", "sandboxd/egress"}, []string{"internal/netfilter"}, "sandboxd/netdev and sandboxd/egress import nothing sideways, and share the way to nftables"},
+	{[]string{"auth", "certs", "link", "sandboxd/namespace", "sandboxd/image"}, nil, "routing, auth, certs, link, sandboxd/* import nothing sideways"},
 	{[]string{"sandboxd/vmm", "sandboxd/vmm/vmmtest"}, []string{"sandboxd/vmm"}, "sandboxd/vmm imports nothing sideways"},
 	{[]string{"api/..."}, nil, "generated code imports nothing of this module"},
 	{[]string{"guest/..."}, []string{"guest/gen/..."}, "generated code imports only its like"},
-	{[]string{"internal/errs", "internal/obs", "internal/run", "internal/config", "internal/testkit", "internal/arch"}, nil, "these parts of internal stand alone"},
-	{[]string{"internal/lab"}, nil, "internal/lab knows nothing of Sluice"},
+	{[]string{"internal/errs", "internal/obs", "internal/run", "internal/config", "internal/testkit", "internal/arch", "internal/netfilter"}, nil, "these parts of internal stand alone"},
+	{[]string{"internal/lab"}, []string{"internal/netfilter"}, "internal/lab knows nothing of Sluice"},
 }
 
 // ground is what every package may stand on.
@@ -54,7 +55,8 @@ var libraries = []struct {
 	{"github.com/caddyserver/certmagic", []string{"certs"}},
 	{"github.com/hashicorp/golang-lru", []string{"routing", "auth", "api"}},
 	{"github.com/vishvananda/", []string{"sandboxd/netdev", "sandboxd/egress", "internal/lab"}},
-	{"github.com/google/nftables", []string{"sandboxd/netdev", "sandboxd/egress", "internal/lab"}},
+	{"github.com/google/nftables", []string{"sandboxd/netdev", "sandboxd/egress", "internal/lab", "internal/netfilter"}},
+	{"github.com/mdlayher/netlink", []string{"sandboxd/netdev", "internal/netfilter"}},
 	{"connectrpc.com/", []string{"guest", "guest/..."}},
 }
 

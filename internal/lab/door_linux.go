@@ -8,6 +8,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-edge/sluice/internal/netfilter"
 )
 
 // The door is where the cable enters the internet. Counters there see packets of every protocol and to every port, so that a test
@@ -26,20 +28,22 @@ func (l *Lab) Trapped() uint64 { return l.doorCounter(counterTrapped) }
 func (l *Lab) Strangers() uint64 { return l.doorCounter(counterStranger) }
 
 func (l *Lab) doorCounter(name string) uint64 {
-	conn, err := nftables.New(nftables.WithNetNSFd(l.internet))
+	conn, err := netfilter.NewConn()
 	if err != nil {
 		panic(fmt.Sprintf("BUG: open the door's table: %v", err))
 	}
-	obj, err := conn.GetObject(&nftables.NamedObj{Table: door, Name: name, Type: nftables.ObjTypeCounter})
-	if err != nil {
-		panic(fmt.Sprintf("BUG: read the door's counter %s: %v", name, err))
+	var obj nftables.Obj
+	if enterErr := visit(l.internet, func() {
+		obj, err = conn.GetObject(&nftables.NamedObj{Table: door, Name: name, Type: nftables.ObjTypeCounter})
+	}); enterErr != nil || err != nil {
+		panic(fmt.Sprintf("BUG: read the door's counter %s: %v", name, errors.Join(enterErr, err)))
 	}
 	return obj.(*nftables.NamedObj).Obj.(*expr.Counter).Packets
 }
 
 // installDoor runs inside the internet's namespace.
 func installDoor() error {
-	conn, err := nftables.New()
+	conn, err := netfilter.NewConn()
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,8 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-edge/sluice/internal/netfilter"
 )
 
 // Apply puts r in force in the network namespace at the path netns, in place of whatever was there, in one transaction: at no
@@ -22,10 +24,13 @@ func Apply(netns string, r Ruleset) error {
 		return err
 	}
 	defer unix.Close(ns)
-	have, err := r.standing(ns)
-	if err == nil {
-		err = r.replace(ns, have)
-	}
+	var have standing
+	err = inNetNS(ns, func() (err error) {
+		if have, err = r.standing(); err != nil {
+			return err
+		}
+		return r.replace(have)
+	})
 	if err != nil {
 		return fmt.Errorf("replace egress rules: %w", err)
 	}
@@ -45,7 +50,11 @@ func Counters(netns string) (Refusals, error) {
 		return Refusals{}, err
 	}
 	defer unix.Close(ns)
-	counters, err := readCounters(ns)
+	var counters map[string]expr.Counter
+	err = inNetNS(ns, func() (err error) {
+		counters, err = readCounters()
+		return err
+	})
 	if err != nil {
 		return Refusals{}, err
 	}
@@ -65,9 +74,9 @@ func openNetNS(path string) (int, error) {
 	return fd, nil
 }
 
-// readCounters returns the counters by name, none when there is no table yet.
-func readCounters(ns int) (map[string]expr.Counter, error) {
-	conn, err := nftables.New(nftables.WithNetNSFd(ns))
+// readCounters returns the counters in the thread's namespace by name, none when there is no table yet.
+func readCounters() (map[string]expr.Counter, error) {
+	conn, err := netfilter.NewConn()
 	if err != nil {
 		return nil, err
 	}
@@ -100,13 +109,12 @@ type standing struct {
 	sets     map[string]bool // of the right shape: whose elements are right as well
 }
 
-// standing looks at the namespace. Only Apply changes the table, and its caller does one thing at a time to a sandbox.
-func (r Ruleset) standing(ns int) (have standing, err error) {
-	conn, err := nftables.New(nftables.WithNetNSFd(ns), nftables.AsLasting())
+// standing looks at the thread's namespace. Only Apply changes the table, and its caller does one thing at a time to a sandbox.
+func (r Ruleset) standing() (have standing, err error) {
+	conn, err := netfilter.NewConn()
 	if err != nil {
 		return have, err
 	}
-	defer func() { _ = conn.CloseLasting() }()
 	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
 	if err != nil {
 		return have, fmt.Errorf("list tables: %w", err)
@@ -114,7 +122,7 @@ func (r Ruleset) standing(ns int) (have standing, err error) {
 	if have.table = slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == tableName }); !have.table {
 		return have, nil
 	}
-	if have.counters, err = readCounters(ns); err != nil {
+	if have.counters, err = readCounters(); err != nil {
 		return have, err
 	}
 	chains, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
@@ -158,11 +166,11 @@ func names[T any](list []T, name func(T) string) []string {
 	return sorted
 }
 
-// replace sends the ruleset. A table of the same shape stays, with its hooks, and only its rules and the sets that differ are
-// exchanged: deleting it would leave a moment in which packets find the old chains with sets already empty, and the new ones with
-// no rules yet and a policy of drop. The connection is new each time: one that failed would replay what it could not send.
-func (r Ruleset) replace(ns int, have standing) error {
-	conn, err := nftables.New(nftables.WithNetNSFd(ns))
+// replace sends the ruleset to the thread's namespace. A table of the same shape stays, with its hooks, and only its rules and the
+// sets that differ are exchanged: deleting it would leave a moment in which packets find the old chains with sets already empty,
+// and the new ones with no rules yet and a policy of drop.
+func (r Ruleset) replace(have standing) error {
+	conn, err := netfilter.NewConn()
 	if err != nil {
 		return err
 	}

@@ -567,3 +567,49 @@ func TestRootInsideIsPowerless(t *testing.T) {
 		}
 	}
 }
+
+// TestThousandDescriptors: a node with more open files than select can name makes slots, fences them and reads their counters.
+// The library asked select, and the node panicked at the next look at the counters.
+func TestThousandDescriptors(t *testing.T) {
+	w := newWorld(t)
+	const open = 1200
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if limit.Max < 2*open {
+		t.Skipf("at most %d files may be open here", limit.Max)
+	}
+	raised := limit
+	raised.Cur = max(limit.Cur, 2*open)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &raised); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	for range open {
+		f, err := os.Open(os.DevNull)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+	}
+
+	slot := w.slot(8)
+	w.fence(slot, nil, "", "8.8.8.8")
+	w.fence(slot, nil, "", "9.9.9.9") // over the one before, and ends its flows
+	if got := w.reach(slot, "tcp", netip.MustParseAddr("9.9.9.9")); got != "refused" {
+		t.Errorf("9.9.9.9 is %s, want refused", got)
+	}
+	if got := w.counters(slot).Denied; got != 1 {
+		t.Errorf("counted %d denied, want 1", got)
+	}
+	if err := w.network.Setup(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got := w.reach(slot, "udp", netip.MustParseAddr("8.8.8.8")); got != "open" {
+		t.Errorf("8.8.8.8 is %s, want open", got)
+	}
+	if err := w.network.Release(t.Context(), 8); err != nil {
+		t.Error(err)
+	}
+}

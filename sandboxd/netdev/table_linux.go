@@ -12,6 +12,8 @@ import (
 	"github.com/google/nftables/expr"
 	"go4.org/netipx"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-edge/sluice/internal/netfilter"
 )
 
 // The host's table is constant: rules that know the slots by the beginning of their devices' names, and two sets that say which
@@ -88,7 +90,7 @@ func (n *Network) replaceTable(indexes []int) error {
 	if err != nil {
 		return err
 	}
-	conn, err := nftables.New()
+	conn, err := netfilter.NewConn()
 	if err != nil {
 		return err
 	}
@@ -269,9 +271,8 @@ func (n *Network) removeFromTable(p plan) error {
 	return err
 }
 
-// editSets uses a connection of its own, because one that failed replays what it could not send.
 func (n *Network) editSets(p plan, edit func(*nftables.Conn, *nftables.Set, []nftables.SetElement) error) error {
-	conn, err := nftables.New()
+	conn, err := netfilter.NewConn()
 	if err != nil {
 		return err
 	}
@@ -288,7 +289,7 @@ func (n *Network) editSets(p plan, edit func(*nftables.Conn, *nftables.Set, []nf
 
 // addNote leaves an empty chain in the table.
 func (n *Network) addNote(note string) error {
-	conn, err := nftables.New()
+	conn, err := netfilter.NewConn()
 	if err != nil {
 		return err
 	}
@@ -298,7 +299,7 @@ func (n *Network) addNote(note string) error {
 
 // notes returns the notes in a node's table, none when there is no such table.
 func (n *Network) notes(tableName string) (notes []string, err error) {
-	conn, err := nftables.New()
+	conn, err := netfilter.NewConn()
 	if err != nil {
 		return nil, err
 	}
@@ -322,7 +323,7 @@ func (n *Network) removeTable() error {
 	if err != nil {
 		return err
 	}
-	conn, err := nftables.New()
+	conn, err := netfilter.NewConn()
 	if err != nil {
 		return err
 	}
