@@ -120,6 +120,7 @@ func New(opts Options) (http.Handler, error) {
 		maxTimeout: opts.MaxTimeout,
 		cluster:    cluster{self: opts.NodeID, nodes: opts.Nodes, client: newClient(opts.Transport)},
 		teams:      newTeams(opts.TeamSandboxes),
+		lists:      newTurns(),
 		limits:     limits,
 		operations: operations,
 		mux:        http.NewServeMux(),

@@ -31,7 +31,7 @@ const headerForwarded = "Sluice-Forwarded-By"
 const (
 	// peerTimeout bounds how long a list waits for one node.
 	peerTimeout = 5 * time.Second
-	// maxPeerBody bounds what is read of one node's answer: a full page whose every sandbox has some 300 KiB of metadata.
+	// maxPeerBody bounds what is read of one node's answer. It is above the largest list: legacyPageSize sandboxes with maxMetadata each.
 	maxPeerBody = 32 << 20
 	// maxPeersAtOnce bounds the nodes asked in parallel for one list.
 	maxPeersAtOnce = 16
@@ -259,52 +259,47 @@ type answer struct {
 	body   []byte
 }
 
-// askAll asks every other node the same. A node that does not answer is counted as missing and logged, not an error: when one node
+// askAll asks every other node the same and gives each answer to use as it comes, one at a time, so that no more of them are held
+// than are asked at once. A node that does not answer is counted as missing and logged, not an error: when one node
 // of fifty is dead, who cleans up must still see the rest. Without the catalogue there is an error, for then every other node would
 // be missing although all of them may be well; and so it is when a node finds the caller too fast, for he would not notice.
-func (h *handler) askAll(ctx context.Context, uri string) (answers []answer, missing int, err error) {
+func (h *handler) askAll(ctx context.Context, uri string, use func(answer) error) (missing int, err error) {
 	if h.cluster.nodes == nil || callOf(ctx).forwarded {
-		return nil, 0, nil
+		return 0, nil
 	}
 	nodes, err := h.cluster.nodes.Nodes(ctx)
 	if err != nil {
-		return nil, 0, fmt.Errorf("list the nodes: %w", err)
+		return 0, fmt.Errorf("list the nodes: %w", err)
 	}
 	nodes = slices.DeleteFunc(slices.Clone(nodes), func(n routing.Node) bool { return n.ID == h.cluster.self || n.APIAddr == "" })
-	results, limited := make([]*answer, len(nodes)), make([]error, len(nodes))
 	turns := make(chan struct{}, maxPeersAtOnce)
 	var wg sync.WaitGroup
+	var mu sync.Mutex // guards missing and refused, and use runs under it
+	var refused error
 	for i := range nodes {
 		turns <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-turns }()
 			result, err := h.askOne(ctx, &nodes[i], uri)
+			mu.Lock()
+			defer mu.Unlock()
 			if _, ok := errors.AsType[*failure](err); ok {
-				limited[i] = err
+				refused = err
 				return
 			}
 			if err != nil {
 				h.metrics.GetOrCreateCounter("sluice_api_peer_failures_total").Inc()
 				h.log.Warn("node does not answer: its sandboxes are missing from a list", zap.String("upstream", nodes[i].ID), zap.Error(err))
+				missing++
 				return
 			}
-			results[i] = result
+			if err := use(*result); err != nil {
+				refused = fmt.Errorf("use the answer of node %q: %w", nodes[i].ID, err)
+			}
 		})
 	}
 	wg.Wait()
-	for _, err := range limited {
-		if err != nil {
-			return nil, 0, err
-		}
-	}
-	for _, result := range results {
-		if result == nil {
-			missing++
-			continue
-		}
-		answers = append(answers, *result)
-	}
-	return answers, missing, nil
+	return missing, refused
 }
 
 func (h *handler) askOne(ctx context.Context, node *routing.Node, uri string) (*answer, error) {

@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
@@ -73,6 +74,9 @@ func (h *handler) specOf(body *gen.NewSandbox, secured bool, timeout time.Durati
 			return none, errs.New(errs.Invalid, "autoPauseMemory=false keeps only the files: a filesystem-only snapshot cannot be auto-resumed by traffic.")
 		}
 	}
+	if err := checkMetadata(body.Metadata); err != nil {
+		return none, err
+	}
 	if err := checkEnv(body.EnvVars); err != nil {
 		return none, err
 	}
@@ -111,12 +115,49 @@ func (h *handler) checkMaxTimeout(seconds int64) error {
 	return errs.New(errs.Invalid, "Timeout cannot be greater than %s hours", strconv.FormatFloat(h.maxTimeout.Hours(), 'g', 4, 64))
 }
 
+// What a sandbox can carry along; openapi.yaml bounds the number of pairs.
+const (
+	maxMetadataKey = 256
+	maxMetadata    = 16 << 10  // as JSON, which is how lists show it: control characters take six bytes there
+	maxEnv         = 128 << 10 // as a process gets it; Linux starts none with a longer variable
+)
+
+// checkMetadata bounds what every list shows again for as long as the sandbox lives.
+func checkMetadata(metadata map[string]string) error {
+	for key := range metadata {
+		if len(key) > maxMetadataKey {
+			return errs.New(errs.Invalid, "validation error: metadata: key %q is longer than %d bytes", clip(key), maxMetadataKey)
+		}
+	}
+	var size countingWriter
+	if err := newEncoder(&size).Encode(metadata); err != nil {
+		return fmt.Errorf("measure metadata: %w", err)
+	}
+	if size > maxMetadata {
+		return errs.New(errs.Invalid, "validation error: metadata: larger than %d bytes as JSON", maxMetadata)
+	}
+	return nil
+}
+
+// countingWriter only counts.
+type countingWriter int
+
+func (c *countingWriter) Write(p []byte) (int, error) {
+	*c += countingWriter(len(p))
+	return len(p), nil
+}
+
 // checkEnv refuses what no process can be given.
 func checkEnv(env map[string]string) error {
+	size := 0
 	for name, value := range env {
+		size += len(name) + len("=") + len(value) + len("\x00")
 		if name == "" || strings.ContainsAny(name, "=\x00") || strings.Contains(value, "\x00") {
 			return errs.New(errs.Invalid, "validation error: envVars: %q is not a name and value that a process can have", clip(name))
 		}
+	}
+	if size > maxEnv {
+		return errs.New(errs.Invalid, "validation error: envVars: larger than %d bytes", maxEnv)
 	}
 	return nil
 }
@@ -211,15 +252,12 @@ func (h *handler) runningHere(team string) int {
 func (h *handler) runningElsewhere(ctx context.Context) (int, error) {
 	c := *callOf(ctx)
 	c.forwarded = false
-	answers, _, err := h.askAll(context.WithValue(ctx, callKey{}, &c), "/v2/sandboxes?state=running&limit=1")
-	if err != nil {
-		return 0, err
-	}
 	total := 0
-	for _, a := range answers {
+	_, err := h.askAll(context.WithValue(ctx, callKey{}, &c), "/v2/sandboxes?state=running&limit=1", func(a answer) error {
 		if n, err := strconv.Atoi(a.header.Get("X-Total-Running")); err == nil && n > 0 {
 			total += n
 		}
-	}
-	return total, nil
+		return nil
+	})
+	return total, err
 }

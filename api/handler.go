@@ -45,6 +45,7 @@ type handler struct {
 
 	// Safe for concurrent use.
 	teams  *teams
+	lists  *turns
 	limits *limits
 }
 
@@ -137,8 +138,8 @@ func (h *handler) serve(w http.ResponseWriter, r *http.Request, op *operation, c
 	return nil
 }
 
-// enter stands between the router and every operation: the body is read and checked, and a call that belongs to another node goes
-// there.
+// enter stands between the router and every operation: the body is read and checked, a list waits for its turn, and a call that
+// belongs to another node goes there.
 func (h *handler) enter(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		op := h.operations[r.Pattern]
@@ -150,6 +151,14 @@ func (h *handler) enter(next http.Handler) http.Handler {
 		if err := op.validate(r, body); err != nil {
 			h.writeError(w, r, err)
 			return
+		}
+		if op.lists {
+			release, err := h.lists.acquire(r.Context(), callOf(r.Context()).principal.Team)
+			if err != nil {
+				h.writeError(w, r, err)
+				return
+			}
+			defer release()
 		}
 		if err := h.dispatch(w, r, op, body, next); err != nil {
 			h.writeError(w, r, err)

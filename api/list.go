@@ -6,6 +6,8 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
@@ -17,8 +19,12 @@ import (
 	"github.com/sluice-edge/sluice/sandboxd"
 )
 
-// pageSize is the length of a page when the client does not say; openapi.yaml has the most that it may ask for.
-const pageSize = 100
+const (
+	// pageSize is the length of a page when the client does not say; openapi.yaml has the most that it may ask for.
+	pageSize = 100
+	// legacyPageSize bounds the list that has no pages. Its clients take it for the whole, so it is far above what they have running.
+	legacyPageSize = 1000
+)
 
 // query is what a list is asked for. Every node applies it to its own sandboxes; because a cursor is a place in the one order of
 // all sandboxes, the pages of several nodes merge into a page of the whole.
@@ -30,7 +36,7 @@ type query struct {
 	template        string    // empty: any
 	asc             bool
 	after           *cursor // nil: from the beginning
-	limit           int     // zero: no limit
+	limit           int
 }
 
 // matches leaves states aside, for X-Total-Running counts whatever states were asked for.
@@ -55,8 +61,8 @@ func (q *query) page(items []gen.ListedSandbox) (page []gen.ListedSandbox, more 
 	if q.after != nil {
 		items = slices.DeleteFunc(items, func(item gen.ListedSandbox) bool { return q.compare(cursorOf(item), *q.after) <= 0 })
 	}
-	if q.limit > 0 && len(items) > q.limit {
-		return items[:q.limit], true
+	if len(items) > q.limit {
+		return slices.Clip(items[:q.limit]), true
 	}
 	return items, false
 }
@@ -102,7 +108,8 @@ func (h *handler) local(q *query) (page []gen.ListedSandbox, more bool, totalRun
 	return page, more, totalRunning
 }
 
-// listed is a page of the whole cluster.
+// listed is a page of the whole cluster. It is the answer to both lists, in place of the generated ones: those would hold the
+// page once more, as JSON, for as long as the client does not read.
 type listed struct {
 	items        []gen.ListedSandbox
 	next         string // empty on the last page
@@ -110,31 +117,85 @@ type listed struct {
 	missing      int // nodes that did not answer
 }
 
-func (h *handler) list(ctx context.Context, q *query) (listed, error) {
-	items, more, total := h.local(q)
-	others, missing, err := h.askAll(ctx, callOf(ctx).uri)
-	if err != nil {
-		return listed{}, err
-	}
-	for _, other := range others {
+func (h *handler) list(ctx context.Context, q *query) (*listed, error) {
+	page, more, total := h.local(q)
+	missing, err := h.askAll(ctx, callOf(ctx).uri, func(other answer) error {
 		var part []gen.ListedSandbox
 		if err := json.Unmarshal(other.body, &part); err != nil {
-			return listed{}, fmt.Errorf("decode the list of another node: %w", err)
+			return fmt.Errorf("decode list: %w", err)
 		}
-		items = append(items, part...)
-		more = more || other.header.Get("X-Next-Token") != ""
+		var cut bool
+		page, cut = q.page(append(page, part...))
+		more = more || cut || other.header.Get("X-Next-Token") != ""
 		if n, err := strconv.Atoi(other.header.Get("X-Total-Running")); err == nil {
 			total += n
 		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
-	page, cut := q.page(items)
-	answer := listed{items: page, totalRunning: total, missing: missing}
-	if (more || cut) && len(page) > 0 {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("list sandboxes: %w", err) // nobody is there to read it
+	}
+	l := &listed{items: page, totalRunning: total, missing: missing}
+	if more && len(page) > 0 {
 		last := cursorOf(page[len(page)-1])
 		last.asc = q.asc
-		answer.next = last.String()
+		l.next = last.String()
 	}
-	return answer, nil
+	return l, nil
+}
+
+// VisitListSandboxesResponse implements gen.ListSandboxesResponseObject.
+func (l *listed) VisitListSandboxesResponse(w http.ResponseWriter) error { return l.write(w) }
+
+// VisitListSandboxesPagedResponse implements gen.ListSandboxesPagedResponseObject.
+func (l *listed) VisitListSandboxesPagedResponse(w http.ResponseWriter) error { return l.write(w) }
+
+// write sends one sandbox at a time. A client that went away, or does not read until the server's deadline, gets a reset.
+func (l *listed) write(w http.ResponseWriter) error {
+	header := w.Header()
+	header.Set("Content-Type", "application/json")
+	header.Set("X-Total-Running", strconv.Itoa(l.totalRunning))
+	if l.next != "" {
+		header.Set("X-Next-Token", l.next)
+	}
+	if l.missing > 0 {
+		header.Set("Sluice-Incomplete", strconv.Itoa(l.missing))
+	}
+	w.WriteHeader(http.StatusOK)
+	if err := encodeItems(w, l.items); err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	return nil
+}
+
+// encodeItems holds no more than one item as JSON.
+func encodeItems(w io.Writer, items []gen.ListedSandbox) error {
+	if _, err := io.WriteString(w, "["); err != nil {
+		return err
+	}
+	encoder := newEncoder(w)
+	for i := range items {
+		if i > 0 {
+			if _, err := io.WriteString(w, ","); err != nil {
+				return err
+			}
+		}
+		if err := encoder.Encode(&items[i]); err != nil {
+			return err
+		}
+	}
+	_, err := io.WriteString(w, "]\n")
+	return err
+}
+
+// newEncoder writes JSON for programs, in which `<` may stay what it is.
+func newEncoder(w io.Writer) *json.Encoder {
+	encoder := json.NewEncoder(w)
+	encoder.SetEscapeHTML(false)
+	return encoder
 }
 
 // ListSandboxes implements GET /sandboxes.
@@ -143,14 +204,7 @@ func (h *handler) ListSandboxes(ctx context.Context, req gen.ListSandboxesReques
 	if err != nil {
 		return nil, err
 	}
-	answer, err := h.list(ctx, &query{team: callOf(ctx).principal.Team, metadata: metadata, running: true})
-	if err != nil {
-		return nil, err
-	}
-	return gen.ListSandboxes200JSONResponse{
-		Body:    answer.items,
-		Headers: gen.ListSandboxes200ResponseHeaders{SluiceIncomplete: optional(answer.missing)},
-	}, nil
+	return h.list(ctx, &query{team: callOf(ctx).principal.Team, metadata: metadata, running: true, limit: legacyPageSize})
 }
 
 // ListSandboxesPaged implements GET /v2/sandboxes.
@@ -160,18 +214,7 @@ func (h *handler) ListSandboxesPaged(ctx context.Context, req gen.ListSandboxesP
 		return nil, err
 	}
 	q.team = callOf(ctx).principal.Team
-	answer, err := h.list(ctx, q)
-	if err != nil {
-		return nil, err
-	}
-	return gen.ListSandboxesPaged200JSONResponse{
-		Body: answer.items,
-		Headers: gen.ListSandboxesPaged200ResponseHeaders{
-			XNextToken:       optional(answer.next),
-			XTotalRunning:    &answer.totalRunning,
-			SluiceIncomplete: optional(answer.missing),
-		},
-	}, nil
+	return h.list(ctx, q)
 }
 
 func parseQuery(params gen.ListSandboxesPagedParams) (*query, error) {

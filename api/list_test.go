@@ -2,6 +2,7 @@ package api
 
 import (
 	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"net/http"
@@ -92,6 +93,54 @@ func TestPaging(t *testing.T) {
 	}
 	if got := s.call("GET", "/v2/sandboxes?order=desc&nextToken="+first, "").message(); got != "400 Invalid next token" {
 		t.Errorf("an ascending token in a descending list = %s", got)
+	}
+}
+
+func TestLegacyListIsCut(t *testing.T) {
+	s := newSite(t, nil)
+	ids := fill(s.boxes, legacyPageSize+2)
+	for _, id := range ids {
+		s.boxes.set(id, func(sb *sandboxd.Sandbox) { sb.State = sandboxd.StateRunning })
+	}
+	first := s.call("GET", "/sandboxes", "")
+	got := idsOf(mustDecode[[]gen.ListedSandbox](t, first))
+	if total := first.Header.Get("X-Total-Running"); len(got) != legacyPageSize || total != fmt.Sprint(len(ids)) {
+		t.Errorf("v1 list has %d of %s, want %d of %d", len(got), total, legacyPageSize, len(ids))
+	}
+	rest, _ := s.pages(t, url.Values{"state": {"running"}, "nextToken": {first.Header.Get("X-Next-Token")}})
+	if all := slices.Concat(got, rest); len(all) != len(ids) || rest[len(rest)-1] != ids[0] {
+		t.Errorf("v1 list and what follows its token have %d sandboxes, the last %q, want %d and %q", len(all), rest[len(rest)-1], len(ids), ids[0])
+	}
+}
+
+// TestLargestListFitsMaxPeerBody: a legal list that is too large for another node would be missing from the whole. Twelve sandboxes
+// with a megabyte of "<" once made 72 MB of it.
+func TestLargestListFitsMaxPeerBody(t *testing.T) {
+	s := newSite(t, nil)
+	create := func(metadata map[string]string) reply {
+		t.Helper()
+		body, err := json.Marshal(map[string]any{"templateID": "code-interpreter-v1", "metadata": metadata})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.call("POST", "/v2/sandboxes", string(body))
+	}
+	frame := len(`{"k":""}` + "\n")
+	for _, tt := range []struct {
+		unit string
+		size int // of the unit in a list
+	}{{"<", 1}, {"\x01", 6}, {"\u2028", 6}, {`"`, 2}, {"ü", 2}} {
+		most := (maxMetadata - frame) / tt.size
+		if got := create(map[string]string{"k": strings.Repeat(tt.unit, most+1)}); got.message() != "400 validation error: metadata: larger than 16384 bytes as JSON" {
+			t.Errorf("%d times %q = %s", most+1, tt.unit, got.message())
+		}
+		if got := create(map[string]string{"k": strings.Repeat(tt.unit, most)}); got.StatusCode != http.StatusCreated {
+			t.Errorf("%d times %q = %s", most, tt.unit, got.message())
+		}
+	}
+	list := s.call("GET", "/sandboxes", "")
+	if n := len(s.boxes.boxes); len(list.body)/n*legacyPageSize > maxPeerBody || !strings.Contains(string(list.body), "<<") {
+		t.Errorf("a list of %d has %d bytes; %d such would have more than the %d that nodes read, or are escaped", n, len(list.body), legacyPageSize, maxPeerBody)
 	}
 }
 

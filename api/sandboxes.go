@@ -353,7 +353,7 @@ func (h *handler) GetSandboxesMetrics(ctx context.Context, req gen.GetSandboxesM
 	if len(raw) > maxIDs {
 		return nil, errs.New(errs.Invalid, "validation error: at most %d sandbox_ids", maxIDs)
 	}
-	answer := gen.GetSandboxesMetrics200JSONResponse{Sandboxes: make(map[string]gen.SandboxMetric)}
+	metrics := gen.GetSandboxesMetrics200JSONResponse{Sandboxes: make(map[string]gen.SandboxMetric)}
 	elsewhere := false
 	for _, rawID := range raw {
 		if _, err := parseID(rawID); err != nil {
@@ -368,23 +368,23 @@ func (h *handler) GetSandboxesMetrics(ctx context.Context, req gen.GetSandboxesM
 		if err != nil || len(samples) == 0 {
 			continue // it has just begun or is just ending: there is nothing to tell about it
 		}
-		answer.Sandboxes[sb.ID] = encodeMetric(samples[len(samples)-1])
+		metrics.Sandboxes[sb.ID] = encodeMetric(samples[len(samples)-1])
 	}
 	if !elsewhere {
-		return answer, nil
+		return metrics, nil
 	}
-	others, _, err := h.askAll(ctx, callOf(ctx).uri)
+	_, err := h.askAll(ctx, callOf(ctx).uri, func(other answer) error {
+		var part gen.GetSandboxesMetrics200JSONResponse
+		if err := json.Unmarshal(other.body, &part); err != nil {
+			return fmt.Errorf("decode metrics: %w", err)
+		}
+		maps.Copy(metrics.Sandboxes, part.Sandboxes)
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	for _, other := range others {
-		var part gen.GetSandboxesMetrics200JSONResponse
-		if err := json.Unmarshal(other.body, &part); err != nil {
-			return nil, fmt.Errorf("decode the metrics of another node: %w", err)
-		}
-		maps.Copy(answer.Sandboxes, part.Sandboxes)
-	}
-	return answer, nil
+	return metrics, nil
 }
 
 // ListTemplates implements GET /templates.

@@ -194,6 +194,11 @@ func TestRefusals(t *testing.T) {
 		{"POST", "/v2/sandboxes", create(`"timeout": 1.5`), `400 validation error: request body at "/timeout"`},
 		{"POST", "/v2/sandboxes", create(`"timeout": 1e30`), `400 `},
 		{"POST", "/v2/sandboxes", create(`"metadata": {"a": 1}`), `400 validation error: request body at "/metadata/a"`},
+		{"POST", "/v2/sandboxes", create(`"metadata": ` + pairs(65, 1)), `400 validation error: request body at "/metadata": there must be at most 64 properties`},
+		{"POST", "/v2/sandboxes", create(`"metadata": {"` + strings.Repeat("k", 257) + `": ""}`), `400 validation error: metadata: key "kkk`},
+		{"POST", "/v2/sandboxes", create(`"metadata": ` + pairs(64, 256)), "400 validation error: metadata: larger than 16384 bytes as JSON"},
+		{"POST", "/v2/sandboxes", create(`"envVars": ` + pairs(257, 1)), `400 validation error: request body at "/envVars": there must be at most 256 properties`},
+		{"POST", "/v2/sandboxes", create(`"envVars": ` + pairs(256, 512)), "400 validation error: envVars: larger than 131072 bytes"},
 		{"POST", "/v2/sandboxes", create(`"envVars": ["A=1"]`), `400 validation error: request body at "/envVars"`},
 		{"POST", "/v2/sandboxes", create(`"envVars": {"A=B": "1"}`), `400 validation error: envVars: "A=B"`},
 		{"POST", "/v2/sandboxes", create(`"envVars": {"A": "\u0000"}`), `400 validation error: envVars: "A"`},
@@ -298,6 +303,15 @@ func TestRefusals(t *testing.T) {
 	if len(s.boxes.specs) != 1 {
 		t.Errorf("a refused create made a sandbox")
 	}
+}
+
+// pairs is an object of n strings of that many bytes.
+func pairs(n, size int) string {
+	var members []string
+	for i := range n {
+		members = append(members, fmt.Sprintf(`"k%d": %q`, i, strings.Repeat("v", size)))
+	}
+	return "{" + strings.Join(members, ", ") + "}"
 }
 
 func TestWrongContentType(t *testing.T) {

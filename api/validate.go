@@ -24,6 +24,7 @@ type operation struct {
 	open    bool                  // needs no key
 	sandbox bool                  // is about the sandbox named in its path
 	creates bool                  // makes a sandbox
+	lists   bool                  // answers with as many sandboxes as there are
 	body    *openapi3.RequestBody // nil when it takes none
 	route   *routers.Route
 }
@@ -45,6 +46,7 @@ func loadOperations() (map[string]*operation, error) {
 				open:    spec.Security != nil && len(*spec.Security) == 0,
 				sandbox: strings.Contains(path, "{sandboxID}"),
 				creates: spec.OperationID == "createSandbox" || spec.OperationID == "createSandboxSecured",
+				lists:   spec.OperationID == "listSandboxes" || spec.OperationID == "listSandboxesPaged",
 				route:   &routers.Route{Spec: doc, Path: path, PathItem: item, Method: method, Operation: spec},
 			}
 			if spec.RequestBody != nil {

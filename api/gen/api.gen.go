@@ -97,6 +97,9 @@ type ConnectOptions struct {
 	Timeout   *int64 `json:"timeout,omitempty"`
 }
 
+// EnvVars All names and values have together at most 131072 bytes, with two more for each variable.
+type EnvVars map[string]string
+
 // Error defines model for Error.
 type Error struct {
 	// Code The HTTP status.
@@ -109,18 +112,20 @@ type Error struct {
 
 // ListedSandbox defines model for ListedSandbox.
 type ListedSandbox struct {
-	Alias       *string      `json:"alias,omitempty"`
-	ClientID    string       `json:"clientID"`
-	CPUCount    int32        `json:"cpuCount"`
-	DiskSizeMB  int32        `json:"diskSizeMB"`
-	EndAt       time.Time    `json:"endAt"`
-	EnvdVersion string       `json:"envdVersion"`
-	MemoryMB    int32        `json:"memoryMB"`
-	Metadata    Strings      `json:"metadata,omitempty"`
-	SandboxID   string       `json:"sandboxID"`
-	StartedAt   time.Time    `json:"startedAt"`
-	State       SandboxState `json:"state"`
-	TemplateID  string       `json:"templateID"`
+	Alias       *string   `json:"alias,omitempty"`
+	ClientID    string    `json:"clientID"`
+	CPUCount    int32     `json:"cpuCount"`
+	DiskSizeMB  int32     `json:"diskSizeMB"`
+	EndAt       time.Time `json:"endAt"`
+	EnvdVersion string    `json:"envdVersion"`
+	MemoryMB    int32     `json:"memoryMB"`
+
+	// Metadata Keys have at most 256 bytes, and all of it, written as JSON, at most 16384.
+	Metadata   SandboxMetadata `json:"metadata,omitempty"`
+	SandboxID  string          `json:"sandboxID"`
+	StartedAt  time.Time       `json:"startedAt"`
+	State      SandboxState    `json:"state"`
+	TemplateID string          `json:"templateID"`
 }
 
 // NewSandbox defines model for NewSandbox.
@@ -136,14 +141,18 @@ type NewSandbox struct {
 	AutoResume      *struct {
 		Enabled bool `json:"enabled"`
 	} `json:"autoResume,omitempty"`
-	EnvVars Strings `json:"envVars,omitempty"`
+
+	// EnvVars All names and values have together at most 131072 bytes, with two more for each variable.
+	EnvVars EnvVars `json:"envVars,omitempty"`
 
 	// Iam Known, but not supported by this server; anything but empty is refused.
 	Iam Unsupported `json:"iam,omitempty"`
 
 	// Mcp Known, but not supported by this server; anything but empty is refused.
-	Mcp      Unsupported     `json:"mcp,omitempty"`
-	Metadata Strings         `json:"metadata,omitempty"`
+	Mcp Unsupported `json:"mcp,omitempty"`
+
+	// Metadata Keys have at most 256 bytes, and all of it, written as JSON, at most 16384.
+	Metadata SandboxMetadata `json:"metadata,omitempty"`
 	Network  *SandboxNetwork `json:"network,omitempty"`
 
 	// Secure Only for /sandboxes; guards the agent with envdAccessToken.
@@ -192,12 +201,14 @@ type SandboxDetail struct {
 	EnvdVersion         string            `json:"envdVersion"`
 	Lifecycle           *SandboxLifecycle `json:"lifecycle,omitempty"`
 	MemoryMB            int32             `json:"memoryMB"`
-	Metadata            Strings           `json:"metadata,omitempty"`
-	Network             *SandboxNetwork   `json:"network,omitempty"`
-	SandboxID           string            `json:"sandboxID"`
-	StartedAt           time.Time         `json:"startedAt"`
-	State               SandboxState      `json:"state"`
-	TemplateID          string            `json:"templateID"`
+
+	// Metadata Keys have at most 256 bytes, and all of it, written as JSON, at most 16384.
+	Metadata   SandboxMetadata `json:"metadata,omitempty"`
+	Network    *SandboxNetwork `json:"network,omitempty"`
+	SandboxID  string          `json:"sandboxID"`
+	StartedAt  time.Time       `json:"startedAt"`
+	State      SandboxState    `json:"state"`
+	TemplateID string          `json:"templateID"`
 }
 
 // SandboxLifecycle defines model for SandboxLifecycle.
@@ -208,6 +219,9 @@ type SandboxLifecycle struct {
 
 // SandboxLifecycleOnTimeout defines model for SandboxLifecycle.OnTimeout.
 type SandboxLifecycleOnTimeout string
+
+// SandboxMetadata Keys have at most 256 bytes, and all of it, written as JSON, at most 16384.
+type SandboxMetadata map[string]string
 
 // SandboxMetric defines model for SandboxMetric.
 type SandboxMetric struct {
@@ -252,9 +266,6 @@ type SandboxNetwork struct {
 
 // SandboxState defines model for SandboxState.
 type SandboxState string
-
-// Strings defines model for Strings.
-type Strings map[string]string
 
 // Template defines model for Template.
 type Template struct {
@@ -398,7 +409,7 @@ type ServerInterface interface {
 	// GetHealth Tell that the server answers
 	// (GET /health)
 	GetHealth(w http.ResponseWriter, r *http.Request)
-	// ListSandboxes List the running sandboxes, all at once
+	// ListSandboxes List the running sandboxes, the newest 1000 of them
 	// (GET /sandboxes)
 	ListSandboxes(w http.ResponseWriter, r *http.Request, params ListSandboxesParams)
 	// CreateSandbox Create a sandbox (timeout 15 s and `secure` false unless given)
@@ -1322,6 +1333,8 @@ type ListSandboxesResponseObject interface {
 
 type ListSandboxes200ResponseHeaders struct {
 	SluiceIncomplete *int
+	XNextToken       *string
+	XTotalRunning    *int
 }
 
 type ListSandboxes200JSONResponse struct {
@@ -1338,6 +1351,12 @@ func (response ListSandboxes200JSONResponse) VisitListSandboxesResponse(w http.R
 	w.Header().Set("Content-Type", "application/json")
 	if response.Headers.SluiceIncomplete != nil {
 		w.Header().Set("Sluice-Incomplete", fmt.Sprint(*response.Headers.SluiceIncomplete))
+	}
+	if response.Headers.XNextToken != nil {
+		w.Header().Set("X-Next-Token", fmt.Sprint(*response.Headers.XNextToken))
+	}
+	if response.Headers.XTotalRunning != nil {
+		w.Header().Set("X-Total-Running", fmt.Sprint(*response.Headers.XTotalRunning))
 	}
 	w.WriteHeader(200)
 	_, err := buf.WriteTo(w)
@@ -2139,7 +2158,7 @@ type StrictServerInterface interface {
 	// GetHealth Tell that the server answers
 	// (GET /health)
 	GetHealth(ctx context.Context, request GetHealthRequestObject) (GetHealthResponseObject, error)
-	// ListSandboxes List the running sandboxes, all at once
+	// ListSandboxes List the running sandboxes, the newest 1000 of them
 	// (GET /sandboxes)
 	ListSandboxes(ctx context.Context, request ListSandboxesRequestObject) (ListSandboxesResponseObject, error)
 	// CreateSandbox Create a sandbox (timeout 15 s and `secure` false unless given)
