@@ -279,6 +279,12 @@ func TestRefusals(t *testing.T) {
 		{"GET", "/v2/sandboxes?state=running,dead", "", `400 validation error: state "dead"`},
 		{"GET", "/v2/sandboxes?startedAfter=yesterday", "", "400 validation error: "},
 		{"GET", "/v2/sandboxes?nextToken=garbage", "", "400 Invalid next token"},
+		{"GET", "/v2/sandboxes?metadata=user=%zz", "", `400 validation error: query: invalid URL escape "%zz"`},
+		{"GET", "/sandboxes?metadata=user=%zz", "", `400 validation error: query: invalid URL escape "%zz"`},
+		{"GET", "/sandboxes?metadata=user%3Da;x=1", "", "400 validation error: query: invalid semicolon separator in query"},
+		{"GET", "/sandboxes?%", "", `400 validation error: query: invalid URL escape "%"`},
+		{"GET", "/sandboxes?metadata=a%3D1&metadata=b%3D2", "", "400 validation error: "},
+		{"GET", "/v2/sandboxes?state=running&state=paused", "", "400 validation error: "},
 		{"GET", "/v2/sandboxes?metadata=%25zz", "", "400 Invalid metadata filter: "},
 		{"GET", "/sandboxes?metadata=a%3D%25zz", "", "400 Invalid metadata filter: "},
 		// Routes.

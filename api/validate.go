@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"strings"
 	"unicode/utf8"
 
@@ -61,6 +62,9 @@ func loadOperations() (map[string]*operation, error) {
 // validate holds the request against openapi.yaml. What the contract words itself, such as the bounds of timeout, is left to the
 // operations.
 func (op *operation) validate(r *http.Request, body []byte) error {
+	if _, err := url.ParseQuery(r.URL.RawQuery); err != nil { // net/http leaves such pairs out: a filter with a typo would match everything
+		return fail(http.StatusBadRequest, "validation error: query: %s", clip(err.Error()))
+	}
 	if op.body != nil && len(body) > 0 {
 		if err := checkSyntax(body); err != nil {
 			return err
