@@ -77,6 +77,10 @@ func Run(ctx context.Context, opts Options) error {
 	a := newAgent(opts)
 	if a.pid1 {
 		a.processes.score = openOOMScore(a.log)
+		// Nobody inside reads the agent's memory or takes its descriptors, not even with its own user id.
+		if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+			return fmt.Errorf("forbid tracing: %w", err)
+		}
 	}
 	listen := opts.Listen
 	if listen == nil {

@@ -10,7 +10,7 @@ import (
 // a user is killed before the agent, with which the whole sandbox would end. Raising it needs no privilege.
 const victimScore = "500"
 
-// oomScore is the agent's own score.
+// oomScore is the agent's own score. It is opened early: an agent that may not be traced may not open it any more.
 type oomScore struct {
 	file *os.File
 	own  string

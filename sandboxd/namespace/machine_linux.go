@@ -351,12 +351,17 @@ func listenControl(path string) (*os.File, error) {
 }
 
 // launch runs the stages, up to the execution of guestd.
-func (m *Machine) launch(ctx context.Context, spec Spec, plan Plan, control *os.File) (*Process, error) {
-	log, err := m.openLog(filepath.Join(spec.Dir, logName))
+func (m *Machine) launch(ctx context.Context, spec Spec, plan Plan, control *os.File) (_ *Process, err error) {
+	log, said, err := openLog()
 	if err != nil {
-		return nil, fmt.Errorf("open guestd's log: %w", err)
+		return nil, err
 	}
 	defer log.Close()
+	defer func() {
+		if err != nil {
+			said.Close()
+		}
+	}()
 	planRead, planWrite, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -389,28 +394,11 @@ func (m *Machine) launch(ctx context.Context, spec Spec, plan Plan, control *os.
 	go m.collect(stage, spec.ID)
 	statusWrite.Close()
 	m.step("stage one")
-	p, err := m.follow(ctx, spec, plan, planWrite, statusRead, commitWrite)
+	p, err := m.follow(ctx, spec, plan, planWrite, statusRead, held{commit: commitWrite, log: said})
 	if err != nil {
 		commitWrite.Close() // the watchdog kills what there is
 	}
 	return p, err
-}
-
-// openLog is a file and not a pipe, so that guestd outlives us; each start begins a new one. The file is opened on a
-// detached mount of itself, because /proc/1/fd tells everybody inside the path of what is opened on the host's.
-func (m *Machine) openLog(path string) (*os.File, error) {
-	const flags = os.O_WRONLY | os.O_APPEND
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|flags, 0o600)
-	if err != nil || m.cfg.Rootless {
-		return f, err
-	}
-	defer f.Close()
-	tree, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-	if err != nil {
-		return nil, err
-	}
-	defer unix.Close(tree)
-	return os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", tree), flags, 0)
 }
 
 // collect waits for stage one, which ends at Commit or with the sandbox.
@@ -422,7 +410,7 @@ func (m *Machine) collect(stage *exec.Cmd, id string) {
 
 // follow hands stage one the plan and reads what the stages report. The end of the report without an error means that
 // guestd was executed.
-func (m *Machine) follow(ctx context.Context, spec Spec, plan Plan, planWrite, statusRead, commit *os.File) (p *Process, err error) {
+func (m *Machine) follow(ctx context.Context, spec Spec, plan Plan, planWrite, statusRead *os.File, held held) (p *Process, err error) {
 	deadline, _ := ctx.Deadline()
 	if err := errors.Join(statusRead.SetReadDeadline(deadline), planWrite.SetWriteDeadline(deadline)); err != nil {
 		return nil, err
@@ -449,7 +437,7 @@ func (m *Machine) follow(ctx context.Context, spec Spec, plan Plan, planWrite, s
 			return p, fmt.Errorf("start sandbox: %s", s.Error)
 		}
 		if s.PID != 0 {
-			if p, err = m.watchChild(s.PID, spec, plan, commit); err != nil {
+			if p, err = m.watchChild(s.PID, spec, plan, held); err != nil {
 				return nil, err
 			}
 		}
@@ -464,17 +452,20 @@ func (m *Machine) follow(ctx context.Context, spec Spec, plan Plan, planWrite, s
 	return p, nil
 }
 
-func (m *Machine) watchChild(pid int, spec Spec, plan Plan, commit *os.File) (*Process, error) {
+func (m *Machine) watchChild(pid int, spec Spec, plan Plan, held held) (*Process, error) {
 	start, err := startTimeOf(pid)
 	if err != nil {
 		return nil, fmt.Errorf("find sandbox's process: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(spec.Dir, pidName), fmt.Appendf(nil, "%d %d", pid, start), 0o600); err != nil {
+		return nil, fmt.Errorf("note sandbox's process: %w", err)
 	}
 	pidfd, err := openPidfd(pid, start)
 	if err != nil {
 		return nil, fmt.Errorf("open sandbox's process: %w", err)
 	}
 	h := Handle{PID: pid, StartTime: start, ControlSocket: spec.controlSocket(), CgroupPaths: plan.Cgroups}
-	return newProcess(h, pidfd, commit), nil
+	return newProcess(h, pidfd, held), nil
 }
 
 func (m *Machine) awaitAnswer(ctx context.Context, p *Process) error {
@@ -533,7 +524,7 @@ func (m *Machine) Adopt(ctx context.Context, spec Spec, h Handle) (*Process, err
 		pidfd.Close()
 		return nil, errs.New(errs.NotFound, "the process on record is not this sandbox")
 	}
-	p := newProcess(h, pidfd, nil)
+	p := newProcess(h, pidfd, held{})
 	if err := m.awaitAnswer(ctx, p); err != nil {
 		return nil, errors.Join(err, p.Release())
 	}
@@ -598,7 +589,7 @@ func (m *Machine) killSurvivors(ctx context.Context, spec Spec) error {
 // removeFiles removes what we made in dir, and dir if nothing else is in it.
 func removeFiles(dir string) error {
 	var all error
-	for _, name := range []string{rwName, stageName, controlName, logName, cgroupsName} {
+	for _, name := range []string{rwName, stageName, controlName, pidName, cgroupsName} {
 		all = errors.Join(all, RemoveTree(filepath.Join(dir, name)))
 	}
 	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {

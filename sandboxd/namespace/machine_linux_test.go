@@ -1,6 +1,7 @@
 package namespace
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -47,8 +48,8 @@ func TestStartGivesAWholeMachine(t *testing.T) {
 	if _, err := os.Stat("/usr/bin/env"); err != nil {
 		t.Error("the host's file is gone")
 	}
-	if b, err := os.ReadFile(filepath.Join(b.spec.Dir, logName)); err != nil || !strings.Contains(string(b), "agent listens") {
-		t.Errorf("log: %q, %v", b, err)
+	if said := lastSaid(b.p.log); said != "agent listens" {
+		t.Errorf("log: %q", said)
 	}
 }
 
@@ -117,6 +118,32 @@ func TestHostUsersSeeNothingOfASandbox(t *testing.T) {
 	}
 }
 
+// The log is all of the host that a sandbox may come to hold: it does not grow, and is no file.
+func TestLogIsBounded(t *testing.T) {
+	write, read, err := openLog()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	defer write.Close()
+	n, err := write.Write(bytes.Repeat([]byte("x"), 1<<20))
+	if err == nil || n > maxLog {
+		t.Errorf("wrote %d bytes, %v", n, err)
+	}
+	if err := write.Truncate(1 << 30); err == nil {
+		t.Error("it can be made larger")
+	}
+	if _, err := write.WriteAt([]byte("y"), maxLog); err == nil {
+		t.Error("it can be written behind its end")
+	}
+	if said := lastSaid(read); said != strings.Repeat("x", maxSaid) {
+		t.Errorf("last said %q", said)
+	}
+	if name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", write.Fd())); err != nil || !strings.HasPrefix(name, "/memfd:") {
+		t.Errorf("it lies at %q, %v", name, err)
+	}
+}
+
 func TestProcessEnds(t *testing.T) {
 	m := testMachine(t)
 	b := startBox(t, m)
@@ -133,8 +160,8 @@ func TestProcessEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-b.p.Done()
-	if err := b.p.Err(); err == nil || !strings.Contains(err.Error(), "SIGKILL") {
-		t.Errorf("Err = %v, want SIGKILL", err)
+	if err := b.p.Err(); err == nil || !strings.Contains(err.Error(), "SIGKILL") || !strings.Contains(err.Error(), "agent listens") {
+		t.Errorf("Err = %v, want SIGKILL and the agent's last words", err)
 	}
 	if err := b.p.Kill(context.Background()); err != nil {
 		t.Errorf("second Kill: %v", err)

@@ -167,8 +167,7 @@ func startBox(t testing.TB, m *Machine, edit ...func(*Spec)) *box {
 	}
 	p, err := m.Start(context.Background(), spec)
 	if err != nil {
-		b, _ := os.ReadFile(filepath.Join(spec.Dir, logName))
-		t.Fatalf("Start: %v\n%s", err, b)
+		t.Fatalf("Start: %v", err)
 	}
 	b := &box{t: t, m: m, spec: spec, p: p}
 	t.Cleanup(b.destroy)

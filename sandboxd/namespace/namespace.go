@@ -82,7 +82,7 @@ type Handle struct {
 // What a sandbox owns inside Spec.Dir.
 const (
 	controlName = "control.sock"
-	logName     = "guestd.log"
+	pidName     = "pid"     // of its first process, and when that began
 	rwName      = "rw"      // overlay upper and work directories
 	cgroupsName = "cgroups" // where its cgroups are, one to a line
 	stageName   = "stage"   // mount point of the workspace, used only in stage one's mount namespace

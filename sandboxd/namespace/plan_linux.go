@@ -163,9 +163,10 @@ const rootPath = "root" // where the new root is put together, below the workspa
 // tenants, or are known ways to hurt it; trees are read-only because root inside is uid 0 of a user namespace for them too.
 var (
 	maskedProc = []string{
-		"acpi", "asound", "bus", "interrupts", "kallsyms", "kcore", "keys", "key-users", "kmsg", "kpagecgroup", "kpagecount",
-		"kpageflags", "latency_stats", "modules", "mtrr", "sched_debug", "scsi", "slabinfo", "sysrq-trigger",
-		"timer_list", "timer_stats", "vmallocinfo",
+		"acpi", "asound", "buddyinfo", "bus", "cmdline", "config.gz", "consoles", "diskstats", "dma", "interrupts", "iomem",
+		"ioports", "kallsyms", "kcore", "keys", "key-users", "kmsg", "kpagecgroup", "kpagecount", "kpageflags", "latency_stats",
+		"locks", "mdstat", "modules", "mtrr", "pagetypeinfo", "partitions", "sched_debug", "scsi", "slabinfo", "softirqs", "swaps",
+		"sysrq-trigger", "timer_list", "timer_stats", "vmallocinfo",
 	}
 	readonlyProc = []string{"fs", "irq", "sys", "driver", "tty"}
 )

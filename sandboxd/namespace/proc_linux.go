@@ -108,6 +108,8 @@ type survivors struct {
 	rootless bool
 	netns    uint64          // inode; zero when the namespace is gone or not ours
 	sockets  map[string]bool // "socket:[inode]" of the control socket and its connections
+	pid      int             // of the first process, with its start, if it is on record
+	start    uint64
 }
 
 func newSurvivors(spec Spec, rootless bool) survivors {
@@ -115,6 +117,11 @@ func newSurvivors(spec Spec, rootless bool) survivors {
 	var st unix.Stat_t
 	if spec.NetNS != "" && unix.Stat(spec.NetNS, &st) == nil {
 		s.netns = st.Ino
+	}
+	if b, err := os.ReadFile(filepath.Join(spec.Dir, pidName)); err == nil {
+		if n, _ := fmt.Sscan(string(b), &s.pid, &s.start); n != 2 {
+			s.pid = 0
+		}
 	}
 	if f, err := os.Open("/proc/self/net/unix"); err == nil {
 		for _, inode := range parseUnixSockets(f, spec.controlSocket()) {
@@ -157,9 +164,18 @@ func (s survivors) owns(pid int) bool {
 		return s.inNetNS(dir) || s.holdsControl(dir)
 	}
 	if s.rootless && uid == uint32(os.Geteuid()) {
-		return s.holdsControl(dir)
+		return s.isOnRecord(pid) || s.holdsControl(dir)
 	}
 	return isStage(dir) && s.holdsControl(dir)
+}
+
+// isOnRecord knows an agent that has made itself untraceable: to a daemon that is not root its descriptors are closed.
+func (s survivors) isOnRecord(pid int) bool {
+	if pid != s.pid {
+		return false
+	}
+	start, err := startTimeOf(pid)
+	return err == nil && start == s.start
 }
 
 func (s survivors) inNetNS(dir string) bool {

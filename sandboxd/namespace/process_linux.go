@@ -16,6 +16,7 @@ type Process struct {
 	handle Handle
 	pidfd  *os.File
 	done   chan struct{} // closed by watch
+	log    *os.File      // the agent's; nil for an adopted one
 
 	mu     sync.Mutex // guards the fields below
 	commit *os.File   // write end of the watchdog's pipe; nil once committed, and for an adopted one
@@ -93,6 +94,12 @@ func (p *Process) signal(sig unix.Signal) error {
 	return errors.Join(err, sent)
 }
 
+// held is what the daemon holds of a sandbox that it has started itself; nil in an adopted one.
+type held struct {
+	commit *os.File // write end of the watchdog's pipe
+	log    *os.File
+}
+
 // openPidfd opens the process if it is still the one that was written down. The descriptor pins it: whatever happens to
 // the number later, a signal reaches this process or nobody.
 func openPidfd(pid int, startTime uint64) (*os.File, error) {
@@ -112,13 +119,16 @@ func openPidfd(pid int, startTime uint64) (*os.File, error) {
 }
 
 // newProcess watches a process in one goroutine that waits in the network poller, not in a thread.
-func newProcess(h Handle, pidfd, commit *os.File) *Process {
-	p := &Process{handle: h, pidfd: pidfd, commit: commit, done: make(chan struct{})}
+func newProcess(h Handle, pidfd *os.File, held held) *Process {
+	p := &Process{handle: h, pidfd: pidfd, commit: held.commit, log: held.log, done: make(chan struct{})}
 	go p.watch()
 	return p
 }
 
 func (p *Process) watch() {
+	if p.log != nil {
+		defer p.log.Close()
+	}
 	raw, err := p.pidfd.SyscallConn()
 	if err != nil {
 		return // released before it began
@@ -131,6 +141,11 @@ func (p *Process) watch() {
 	})
 	if err != nil {
 		return // released
+	}
+	if p.log != nil {
+		if text := lastSaid(p.log); text != "" {
+			end = fmt.Errorf("%w, having said %q", end, text)
+		}
 	}
 	p.mu.Lock()
 	p.err = end

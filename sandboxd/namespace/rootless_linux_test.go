@@ -71,6 +71,7 @@ func testRootless(t *testing.T) {
 	check("grep -e CapEff -e CapBnd /proc/self/status | awk '{print $2}' | uniq", "0000000000000000")
 	check("grep -e NoNewPrivs -e '^Seccomp:' /proc/self/status | awk '{print $2}' | tr '\\n' ' '", "1 2")
 	check("cat /proc/sys/user/max_user_namespaces /proc/sys/user/max_inotify_instances", "0\n16")
+	check("ls /proc/1/fd 2>&1 | grep -c 'Permission denied'; head -c 1 /proc/1/mem 2>&1 | grep -c 'Permission denied'", "1\n1")
 	check("ls -A /home; ls /proc | grep -c '^[0-9]' | awk '{print ($1 < 12)}'", "user\n1")
 	check("unshare -Ur id 2>&1 | grep -c 'not permitted'; grep -c -e "+b.spec.Dir+" /proc/self/mountinfo || true", "1\n0")
 

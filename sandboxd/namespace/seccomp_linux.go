@@ -86,6 +86,8 @@ func policy() []callRule {
 		namedCall{"clock_settime", unix.SYS_CLOCK_SETTIME}, namedCall{"syslog", unix.SYS_SYSLOG}, namedCall{"vhangup", unix.SYS_VHANGUP},
 		// Keyrings are not of any namespace, and share quotas with every user of the same id.
 		namedCall{"add_key", unix.SYS_ADD_KEY}, namedCall{"request_key", unix.SYS_REQUEST_KEY}, namedCall{"keyctl", unix.SYS_KEYCTL},
+		// Whatever another process has open is its own.
+		namedCall{"pidfd_getfd", unix.SYS_PIDFD_GETFD},
 		// Large attack surface, little use here.
 		namedCall{"bpf", unix.SYS_BPF}, namedCall{"perf_event_open", unix.SYS_PERF_EVENT_OPEN},
 		namedCall{"userfaultfd", unix.SYS_USERFAULTFD}, namedCall{"lookup_dcookie", unix.SYS_LOOKUP_DCOOKIE},

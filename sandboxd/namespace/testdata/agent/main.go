@@ -33,6 +33,10 @@ func main() {
 	if len(os.Args) > 1 {
 		os.Exit(act(os.Args[1], os.Args[2:]))
 	}
+	// As guestd does.
+	if _, _, errno := syscall.Syscall6(syscall.SYS_PRCTL, syscall.PR_SET_DUMPABLE, 0, 0, 0, 0, 0); errno != 0 {
+		panic(errno)
+	}
 	fd, err := strconv.Atoi(os.Getenv("SLUICE_CONTROL_FD"))
 	if err != nil {
 		panic(err)
