@@ -34,6 +34,9 @@ const (
 	codeCreateFailed = "sandbox_create_failed"
 )
 
+// maxMessage bounds what an answer repeats of a request. Whoever quotes a part of it should use clip, so that the rest is seen.
+const maxMessage = 512
+
 // failure is an answer that an errs.Code does not say by itself.
 type failure struct {
 	status     int
@@ -81,7 +84,7 @@ func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) 
 	if rec, ok := w.(*recorder); ok && rec.status != 0 {
 		panic(http.ErrAbortHandler) // the answer has begun: a reset is the only honest end
 	}
-	body := gen.Error{Code: int32(f.status), Message: f.msg}
+	body := gen.Error{Code: int32(f.status), Message: clipTo(f.msg, maxMessage)}
 	if f.errorCode != "" {
 		body.ErrorCode = &f.errorCode
 	}
@@ -116,12 +119,12 @@ func (h *handler) logFailure(r *http.Request, f *failure, err error) {
 
 // badRequest answers for the generated code when a body does not fit its Go type, which is what validation let through.
 func (h *handler) badRequest(w http.ResponseWriter, r *http.Request, err error) {
-	h.writeError(w, r, fail(http.StatusBadRequest, "Error when parsing request: %v", err))
+	h.writeError(w, r, fail(http.StatusBadRequest, "Error when parsing request: %s", clip(err.Error())))
 }
 
 // badParameter answers for the generated code when a parameter does not fit its Go type.
 func (h *handler) badParameter(w http.ResponseWriter, r *http.Request, err error) {
-	h.writeError(w, r, fail(http.StatusBadRequest, "validation error: %v", err))
+	h.writeError(w, r, fail(http.StatusBadRequest, "validation error: %s", clip(err.Error())))
 }
 
 // wholeSeconds rounds up, to at least one.

@@ -296,8 +296,9 @@ func isPreflight(r *http.Request) bool {
 }
 
 // clip keeps what a stranger sent from filling answers and logs.
-func clip(s string) string {
-	const limit = 128
+func clip(s string) string { return clipTo(s, 128) }
+
+func clipTo(s string, limit int) string {
 	if len(s) > limit {
 		return strings.ToValidUTF8(s[:limit], "") + "…"
 	}
