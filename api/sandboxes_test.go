@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -321,6 +322,47 @@ func pairs(n, size int) string {
 		members = append(members, fmt.Sprintf(`"k%d": %q`, i, strings.Repeat("v", size)))
 	}
 	return "{" + strings.Join(members, ", ") + "}"
+}
+
+// TestNullIsLeftOut sends null for each optional field of every body, as clients in some languages do.
+func TestNullIsLeftOut(t *testing.T) {
+	s := newSite(t, nil)
+	required := map[string]string{"templateID": `"base"`, "timeout": "60"}
+	for pattern, op := range s.handler.operations {
+		if op.body == nil {
+			continue
+		}
+		method, path, _ := strings.Cut(strings.ReplaceAll(pattern, "{sandboxID}", "ix"), " ")
+		schema := op.body.Content.Get("application/json").Schema.Value
+		var base []string
+		for _, name := range schema.Required {
+			base = append(base, fmt.Sprintf("%q: %s", name, required[name]))
+		}
+		try := func(member string) {
+			t.Helper()
+			s.boxes.set("ix", func(sb *sandboxd.Sandbox) {
+				sb.State, sb.Team = sandboxd.StateRunning, "team-a"
+				if op.id == "resumeSandbox" {
+					sb.State = sandboxd.StatePaused
+				}
+			})
+			body := "{" + strings.Join(append(slices.Clone(base), member), ", ") + "}"
+			if got := s.call(method, path, body); got.StatusCode >= 300 {
+				t.Errorf("%s %s = %s", pattern, body, got.message())
+			}
+		}
+		for name, property := range schema.Properties {
+			if slices.Contains(schema.Required, name) {
+				continue
+			}
+			try(fmt.Sprintf("%q: null", name))
+			for inner := range property.Value.Properties {
+				if !slices.Contains(property.Value.Required, inner) {
+					try(fmt.Sprintf("%q: {%q: null}", name, inner))
+				}
+			}
+		}
+	}
 }
 
 func TestWrongContentType(t *testing.T) {
