@@ -384,6 +384,13 @@ func (c *fakeCatalogue) route(id string) (Published, bool) {
 	return p, ok
 }
 
+// lease is how often it was renewed and what was said last.
+func (c *fakeCatalogue) lease() (times int, said Capacity) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.leases, c.node
+}
+
 func (c *fakeCatalogue) all() map[string]Published {
 	c.mu.Lock()
 	defer c.mu.Unlock()

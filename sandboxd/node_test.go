@@ -830,7 +830,7 @@ func TestBrokenHost(t *testing.T) {
 		_, err := n.m.Create(t.Context(), spec(time.Minute))
 		wantError(t, "Create", err, errs.Unavailable, "network is not in order")
 		n.wantState(sb.ID, StateRunning)
-		if !n.cat.node.Draining {
+		if _, node := n.cat.lease(); !node.Draining {
 			t.Error("the lease does not say that the node takes no sandboxes")
 		}
 		n.host.setFail("maintain", nil)

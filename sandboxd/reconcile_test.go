@@ -225,19 +225,19 @@ func TestLeaseBeforeReady(t *testing.T) {
 			t.Fatal(err)
 		}
 		release := n.host.holdUp("adopt")
-		before := n.cat.leases
+		before, _ := n.cat.lease()
 		n.make()
 		n.run()
 		synctest.Wait()
-		if n.cat.leases == before || !n.cat.node.Draining {
-			t.Errorf("lease while starting: %d new, %+v, want one that is draining", n.cat.leases-before, n.cat.node)
+		if times, said := n.cat.lease(); times == before || !said.Draining {
+			t.Errorf("lease while starting: %d new, %+v, want one that is draining", times-before, said)
 		}
 		release()
 		<-n.m.Ready()
 		time.Sleep(n.m.opts.LeaseTTL)
 		synctest.Wait()
-		if n.cat.node.Draining || n.cat.node.Sandboxes != 1 {
-			t.Errorf("lease when ready: %+v", n.cat.node)
+		if _, said := n.cat.lease(); said.Draining || said.Sandboxes != 1 {
+			t.Errorf("lease when ready: %+v", said)
 		}
 	})
 }

@@ -31,7 +31,7 @@ type Options struct {
 	OnGone func(sandbox string, generation uint64)
 
 	Templates         []Template    // besides base and code-interpreter-v1; the same ID replaces
-	MaxSandboxes      int           // zero means 100
+	MaxSandboxes      int           // zero means 100; never more than the machine has places
 	ConcurrentCreates int           // zero means 8; further ones wait for a while
 	MaxTimeout        time.Duration // longest life from start; zero means 24h
 	LeaseTTL          time.Duration // of the node's lease; renewed every third of it; zero means 10s
@@ -132,6 +132,10 @@ func New(opts Options) (*Manager, error) {
 		misrouted: make(chan struct{}, 1),
 		lives:     make(map[string]*life),
 	}
+	if places := m.machine.Slots(); m.opts.MaxSandboxes > places {
+		m.log.Warn("machine has fewer places than sandboxes were asked for", zap.Int("sandboxes", places))
+		m.opts.MaxSandboxes = places
+	}
 	m.close = sync.OnceFunc(func() { close(m.closing) })
 	return m, nil
 }
@@ -187,7 +191,7 @@ func (m *Manager) Capacity() Capacity {
 	defer m.mu.RUnlock()
 	return Capacity{
 		Sandboxes:    len(m.lives),
-		MaxSandboxes: min(m.opts.MaxSandboxes, m.machine.Slots()),
+		MaxSandboxes: m.opts.MaxSandboxes,
 		Machine:      m.machine.Name(),
 		Draining:     m.draining || m.broken || !m.isReady(),
 	}
