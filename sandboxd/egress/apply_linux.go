@@ -63,6 +63,7 @@ func Counters(netns string) (Refusals, error) {
 		Denied:   counters[reasonDenied].Packets,
 		Spoofed:  counters[reasonSpoofed].Packets,
 		Inbound:  counters[reasonInbound].Packets,
+		Flows:    counters[reasonFlows].Packets,
 	}, nil
 }
 
@@ -258,7 +259,12 @@ func (r rule) exprs(sets map[string]*nftables.Set) []expr.Any {
 	return all
 }
 
-var ctStates = map[string]uint32{"related": expr.CtStateBitRELATED, "established": expr.CtStateBitESTABLISHED}
+var ctStates = map[string]uint32{
+	"new": expr.CtStateBitNEW, "related": expr.CtStateBitRELATED, "established": expr.CtStateBitESTABLISHED,
+}
+
+// statusConfirmed is the kernel's IPS_CONFIRMED: a packet of the flow has passed all hooks.
+const statusConfirmed = 1 << 3
 
 var icmpTypes = map[string]byte{"nd-neighbor-solicit": 135, "nd-neighbor-advert": 136}
 
@@ -275,12 +281,11 @@ func (t term) exprs(sets map[string]*nftables.Set) []expr.Any {
 	case opDaddrIs:
 		return append(t.loadAddr(), equal(t.addr.AsSlice()))
 	case opState:
-		return []expr.Any{
-			&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
-			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
-				Mask: binaryutil.NativeEndian.PutUint32(ctStates[t.name]), Xor: make([]byte, 4)},
-			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
-		}
+		return flow(expr.CtKeySTATE, ctStates[t.name])
+	case opConfirmed:
+		return flow(expr.CtKeySTATUS, statusConfirmed)
+	case opFlowsOver:
+		return []expr.Any{&expr.Connlimit{Count: t.max, Flags: expr.NFT_CONNLIMIT_F_INV}}
 	case opTCP:
 		return meta(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_TCP})
 	case opNeighbour:
@@ -321,6 +326,15 @@ func (t term) loadAddr() []expr.Any {
 		}
 	}
 	return append(meta(expr.MetaKeyNFPROTO, []byte{proto}), load)
+}
+
+// flow matches packets of flows that have one of these bits.
+func flow(key expr.CtKey, bits uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Ct{Key: key, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+	}
 }
 
 func meta(key expr.MetaKey, want []byte) []expr.Any {

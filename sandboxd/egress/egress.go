@@ -7,7 +7,9 @@
 //
 // Every packet is judged by where it goes, also those of flows in progress: so a new ruleset holds for old flows from its first
 // instant, without a list of what was allowed once. In order: ranges that no sandbox may ever reach (Reserved, and the policy's
-// Protected); the allow list; the deny list; and what is left is allowed.
+// Protected); the allow list; the deny list; and what is left is allowed. Of what is allowed, a packet that begins a flow is
+// refused while the sandbox has MaxFlows of them. A new ruleset begins to count at zero, so for as long as older flows last there
+// may be more; the host's table, which counts on, is the second fence.
 //
 // What is refused is refused visibly: TCP with a reset, everything else with ICMP "administratively prohibited", so that a program
 // sees it when it connects instead of waiting. Each reason has its counter.
@@ -27,12 +29,17 @@ import (
 // MaxEntries bounds each list of a policy. The kernel would take more; a request of this size is already a mistake.
 const MaxEntries = 1000
 
+// DefaultMaxFlows is four times what a busy browser or a crawler keeps open, and a thirtieth of what a host tracks by default
+// (net.netfilter.nf_conntrack_max is 262144): one sandbox cannot fill that table, which it shares with the node and its neighbours.
+const DefaultMaxFlows = 8192
+
 // Policy is what a sandbox may reach. The zero value reaches nothing.
 type Policy struct {
 	AllowInternet bool           // false: nothing but Allow
 	Allow         []netip.Prefix // wins over Deny; without a deny it changes nothing
 	Deny          []netip.Prefix
 	Protected     []netip.Prefix // the node's own addresses, and whatever else its operator keeps from sandboxes; Allow does not open them
+	MaxFlows      uint32         // to the outside at a time, closed ones not counted; zero means DefaultMaxFlows
 }
 
 // reserved is what no sandbox may reach, whatever its policy says: everything that is not a public unicast address, and the
@@ -211,11 +218,14 @@ type Refusals struct {
 	Denied   uint64 // to addresses that the policy denies
 	Spoofed  uint64 // with a source address that is not the sandbox's
 	Inbound  uint64 // unasked from outside
+	Flows    uint64 // that would have begun one flow too many
 }
 
 // Reasons returns the counts by the label that metrics give them.
 func (r Refusals) Reasons() map[string]uint64 {
-	return map[string]uint64{reasonReserved: r.Reserved, reasonDenied: r.Denied, reasonSpoofed: r.Spoofed, reasonInbound: r.Inbound}
+	return map[string]uint64{
+		reasonReserved: r.Reserved, reasonDenied: r.Denied, reasonSpoofed: r.Spoofed, reasonInbound: r.Inbound, reasonFlows: r.Flows,
+	}
 }
 
 // The typed list of reasons; also the names of the kernel's counters.
@@ -224,4 +234,5 @@ const (
 	reasonDenied   = "denied"
 	reasonSpoofed  = "spoofed"
 	reasonInbound  = "inbound"
+	reasonFlows    = "flows"
 )

@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -72,6 +73,7 @@ type term struct {
 	name string // of a device, a set, a chain, a counter, or a state
 	addr netip.Addr
 	v6   bool
+	max  uint32 // of flows
 }
 
 type op uint8
@@ -84,6 +86,8 @@ const (
 	opSaddrNotIn           // ip saddr != @name
 	opDaddrIs              // ip daddr addr
 	opState                // ct state name
+	opConfirmed            // ct status confirmed
+	opFlowsOver            // ct count over max
 	opTCP                  // meta l4proto tcp
 	opNeighbour            // icmpv6 type name
 	opCount                // counter name "name"
@@ -134,9 +138,16 @@ func Compile(p Policy, where Placement) Ruleset {
 		outbound = append(outbound, both(term{op: opSaddrNotIn, name: "own"}, count(reasonSpoofed), drop)...)
 	}
 	outbound = append(outbound, both(term{op: opDaddrIn, name: "reserved"}, count(reasonReserved), gotoChain("refuse"))...)
-	outbound = append(outbound, both(term{op: opDaddrIn, name: "allowed"}, accept)...)
+	outbound = append(outbound, both(term{op: opDaddrIn, name: "allowed"}, gotoChain("admit"))...)
 	outbound = append(outbound, both(term{op: opDaddrIn, name: "denied"}, count(reasonDenied), gotoChain("refuse"))...)
-	outbound = append(outbound, rule{accept})
+	outbound = append(outbound, rule{gotoChain("admit")})
+
+	// Each flow is counted once, when it begins: counting walks through all that the sandbox has.
+	admit := []rule{
+		{{op: opConfirmed}, accept},
+		{state("new"), {op: opFlowsOver, max: cmp.Or(p.MaxFlows, DefaultMaxFlows)}, count(reasonFlows), gotoChain("refuse")},
+		{accept},
+	}
 
 	// Answers are judged by where they come from, in the same order: a flow that is now forbidden is deaf as well as dumb. Errors
 	// about a flow (related) come from any router on its way.
@@ -147,6 +158,7 @@ func Compile(p Policy, where Placement) Ruleset {
 
 	r.chains = []chain{
 		{name: "refuse", rules: []rule{{{op: opTCP}, {op: opResetTCP}}, {{op: opProhibit}}}},
+		{name: "admit", rules: admit},
 		{name: "outbound", rules: outbound},
 		{name: "replies", rules: replies},
 		{name: "inbound", rules: []rule{{state("related"), accept}, {state("established"), gotoChain("replies")}, {count(reasonInbound), drop}}},
@@ -325,6 +337,10 @@ func (t term) String() string {
 		return ip + " daddr " + t.addr.String()
 	case opState:
 		return "ct state " + t.name
+	case opConfirmed:
+		return "ct status confirmed"
+	case opFlowsOver:
+		return fmt.Sprintf("ct count over %d", t.max)
 	case opTCP:
 		return "meta l4proto tcp"
 	case opNeighbour:
@@ -345,4 +361,4 @@ func (t term) String() string {
 	panic(fmt.Sprintf("BUG: term %d has no text", t.op))
 }
 
-var reasons = [...]string{reasonReserved, reasonDenied, reasonSpoofed, reasonInbound}
+var reasons = [...]string{reasonReserved, reasonDenied, reasonSpoofed, reasonInbound, reasonFlows}
