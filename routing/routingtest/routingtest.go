@@ -55,7 +55,7 @@ func Sample(sandbox, node string, generation uint64) routing.Route {
 		State:      routing.Running,
 		EndAt:      time.Now().Add(time.Hour).Truncate(time.Millisecond).UTC(),
 		TokenHash:  [32]byte{1, 2, 31: 3},
-		Mask:       `localhost:${PORT} {"v":1,"gen":99}`,
+		Mask:       "${PORT}.localhost:${PORT}",
 		Ports:      map[uint16]routing.PortSettings{8443: {HTTPS: true}, 65535: {}},
 		AutoResume: true,
 	}
