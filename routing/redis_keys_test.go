@@ -181,3 +181,30 @@ func TestRedisKeys(t *testing.T) {
 		}
 	})
 }
+
+// TestOutageIsToldOnce: four lines a second filled the log for as long as Redis was away.
+func TestOutageIsToldOnce(t *testing.T) {
+	server := routingtest.StartRedis(t)
+	logs, seen := observer.New(zapcore.DebugLevel)
+	w := routingtest.StartWatch(t, routing.NewRedisStore(server.Client(t), routing.RedisOptions{Log: zap.New(logs)}))
+	w.Want(t, routing.Lost, "")
+	count := func(message string) int { return seen.FilterMessage(message).Len() }
+	const lost, back = "route subscription lost, known routes are suspect", "route subscription is back"
+	for outage := range 2 {
+		w.WantHeartbeat(t)
+		server.Stop()
+		w.Want(t, routing.Lost, "")
+		for attempts := count("route subscription not made"); count("route subscription not made") < attempts+3; {
+			time.Sleep(5 * time.Millisecond)
+		}
+		if count(lost) != outage+1 || count(back) != outage {
+			t.Errorf("during outage %d the loss is told %d times, the return %d times", outage, count(lost), count(back))
+		}
+		server.Start()
+		w.Want(t, routing.Lost, "")
+		w.WantHeartbeat(t)
+		if count(lost) != outage+1 || count(back) != outage+1 {
+			t.Errorf("after outage %d the loss is told %d times, the return %d times", outage, count(lost), count(back))
+		}
+	}
+}

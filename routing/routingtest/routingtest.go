@@ -455,6 +455,19 @@ func (w *Watcher) Next(t testing.TB) routing.Event {
 	}
 }
 
+// WantHeartbeat waits for a heartbeat and fails if anything else comes first.
+func (w *Watcher) WantHeartbeat(t testing.TB) {
+	t.Helper()
+	select {
+	case e := <-w.events:
+		if e.Kind != routing.Heartbeat {
+			t.Fatalf("event = kind %d key %q, want a heartbeat", e.Kind, e.Key)
+		}
+	case <-time.After(patience):
+		t.Fatal("no heartbeat came")
+	}
+}
+
 // Want fails unless the next event that is no heartbeat is this one.
 func (w *Watcher) Want(t testing.TB, kind routing.EventKind, key string) {
 	t.Helper()
