@@ -156,8 +156,8 @@ type rewrite struct {
 
 // appendRequest writes the head that goes to the sandbox. Lines keep their order, their bytes and the case of their names.
 //
-// X-Forwarded-For, -Host and -Proto are always set, and what a stranger said in them, in Forwarded and in X-Real-Ip goes:
-// a sandbox can believe what it reads there.
+// X-Forwarded-For, -Host and -Proto are always set, and what a stranger said in them or in any spelling of them, in Forwarded,
+// X-Real-Ip and the like goes: a sandbox can believe what it reads there.
 func (h *requestHead) appendRequest(dst []byte, rw *rewrite) []byte {
 	dst = append(dst, h.method...)
 	dst = append(dst, ' ')
@@ -175,7 +175,7 @@ func (h *requestHead) appendRequest(dst []byte, rw *rewrite) []byte {
 			if h.isListed(l) {
 				continue
 			}
-		case fieldConnection, fieldHopByHop, fieldUpgrade, fieldExpect, fieldForwarded:
+		case fieldConnection, fieldHopByHop, fieldUpgrade, fieldExpect, fieldForwarded, fieldAlias:
 			continue
 		case fieldSandboxID, fieldSandboxPort, fieldTrafficToken:
 			if !rw.trusted {
