@@ -234,7 +234,8 @@ func trimSpace(b []byte) []byte {
 }
 
 // The bytes that RFC 9110 allows: in a token (5.6.2), in a field value (5.5), in a request target. A target may carry bytes
-// above 0x7f, which no RFC allows and which curl and others send: they are forwarded byte for byte like the rest of it.
+// above 0x7f, which no RFC allows and which curl and others send: they are forwarded byte for byte like the rest of it. It has no
+// fragment (RFC 9112, 3.2): a '#' is where one server's path ends and another's goes on.
 var (
 	lowerTable  [256]byte
 	tokenTable  [256]bool
@@ -252,7 +253,7 @@ func init() {
 			lowerTable[i] = ch + 'a' - 'A'
 		}
 		valueTable[i] = ch == '\t' || ch >= ' ' && ch != 0x7f
-		targetTable[i] = ch > ' ' && ch != 0x7f
+		targetTable[i] = ch > ' ' && ch != 0x7f && ch != '#'
 		tokenTable[i] = ch >= '0' && ch <= '9' || ch >= 'a' && ch <= 'z' || ch >= 'A' && ch <= 'Z'
 	}
 	hostTable, plainTable = tokenTable, tokenTable

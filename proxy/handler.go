@@ -255,7 +255,7 @@ func (h *Handler) logRequest(c *clientConn, x *exchange) {
 
 func pathOnly(target []byte) []byte {
 	for i, ch := range target {
-		if ch == '?' || ch == '#' {
+		if ch == '?' {
 			return target[:i]
 		}
 	}

@@ -55,6 +55,8 @@ func TestMalformedRequestsAreRefused(t *testing.T) {
 		{"the preface of HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400},
 		{"CONNECT", "CONNECT 3000-isv.sluice.test:443 HTTP/1.1\r\n" + host + "\r\n", 400},
 		{"asterisk for GET", "GET * HTTP/1.1\r\n" + host + "\r\n", 400},
+		{"fragment", "GET /a#b HTTP/1.1\r\n" + host + "\r\n", 400},
+		{"fragment of an absolute target", "GET http://3000-isv.sluice.test/#b HTTP/1.1\r\n" + host + "\r\n", 400},
 		{"relative target", "GET a HTTP/1.1\r\n" + host + "\r\n", 400},
 		{"absolute target elsewhere", "GET http://3000-other.sluice.test/ HTTP/1.1\r\n" + host + "\r\n", 400},
 		{"absolute target with a user", "GET http://a@3000-isv.sluice.test/ HTTP/1.1\r\n" + host + "\r\n", 400},

@@ -92,7 +92,7 @@ func (h *requestHead) checkTarget() error {
 	default:
 		return malformed("invalid request target")
 	}
-	end := bytes.IndexAny(rest, "/?#")
+	end := bytes.IndexAny(rest, "/?")
 	if end < 0 {
 		end = len(rest)
 	}
