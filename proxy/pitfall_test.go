@@ -963,6 +963,8 @@ func TestMaskedAnswersNameThePublicHost(t *testing.T) {
 		{"//localhost:3000/a", ".LOCALHOST", "*", "//3000-isv.sluice.test/a", ".3000-isv.sluice.test", "*"},
 		{"/relative", "example.com", "null", "/relative", "example.com", "null"},
 		{"https://localhost:3000", "localhost.example", "http://localhost:3001", "http://3000-isv.sluice.test", "localhost.example", "http://localhost:3001"},
+		{"ftp://localhost:3000/a", "localhost; domain = .localhost:1 ;x", "ws://localhost:3000", "ftp://localhost:3000/a", "3000-isv.sluice.test; domain = .3000-isv.sluice.test ;x", "ws://localhost:3000"},
+		{"HTTPS://localhost:3000/a", "x; Domain=", "a//localhost:3000", "http://3000-isv.sluice.test/a", "x; Domain=", "a//localhost:3000"},
 		{"http://localhost:30000/", "x", "http://localhost", "http://localhost:30000/", "x", "http://localhost"},
 	}
 	for _, tt := range tests {

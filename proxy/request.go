@@ -257,13 +257,17 @@ func appendMask(dst []byte, mask string, port uint16) []byte {
 	return dst
 }
 
-// authorityOf finds host and port in an absolute or scheme-relative URL: url[from:to].
+// authorityOf finds host and port in an http, https or scheme-relative URL: url[from:to]. The Host of another scheme is not
+// what a mask is about.
 func authorityOf(url []byte) (from, to int, ok bool) {
-	from = bytes.Index(url, []byte("//"))
-	if from < 0 || from > 0 && (url[from-1] != ':' || !allIn(url[:from-1], &tokenTable)) {
+	for _, start := range [...]string{"//", "http://", "https://"} {
+		if hasPrefixFold(url, start) {
+			from = len(start)
+		}
+	}
+	if from == 0 {
 		return 0, 0, false
 	}
-	from += 2
 	to = len(url)
 	if i := bytes.IndexAny(url[from:], "/?#"); i >= 0 {
 		to = from + i
