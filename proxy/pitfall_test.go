@@ -248,6 +248,20 @@ func TestMalformedAnswers(t *testing.T) {
 	}
 }
 
+// A sandbox that switches to what nobody asked for, or does not say to what, gets no tunnel.
+func TestSwitchToAnotherProtocolIsRefused(t *testing.T) {
+	for name, upgrade := range map[string]string{"another": "Upgrade: h2c\r\n", "none": "", "two": "Upgrade: websocket\r\nUpgrade: x\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			e := edgeWith(t, answering(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"+upgrade+"\r\n", false))
+			c := e.connect(t)
+			c.write("GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+			if resp, body := c.response("GET"); resp.StatusCode != 502 {
+				t.Errorf("got %d %s", resp.StatusCode, body)
+			}
+		})
+	}
+}
+
 func TestUpstreamClosedBeforeItAnswered(t *testing.T) {
 	for name, partial := range map[string]string{"no byte": "", "part of a head": "HTTP/1.1 200 OK\r\nContent-"} {
 		t.Run(name, func(t *testing.T) {
