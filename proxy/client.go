@@ -161,30 +161,58 @@ func (c *clientConn) withoutBody() []byte {
 	return c.fed
 }
 
+// awaitHead waits until the first byte of a head is there. RFC 9112, 2.2: one empty line before it, which an old client sent
+// after a body, is passed over, and is not the beginning of a request that we would then miss.
+func (c *clientConn) awaitHead() error {
+	for skipped := false; ; {
+		switch {
+		case c.r == c.w:
+			if err := c.idleRead(); err != nil {
+				return errIdle{err}
+			}
+		case skipped || c.buf[c.r] != '\r':
+			return nil
+		case c.w-c.r == 1:
+			c.makeRoom(len(bufPage{}))
+			if err := c.Conn.SetReadDeadline(time.Now().Add(c.srv.h.limits.Head)); err != nil {
+				return errIdle{err}
+			}
+			if err := c.fill(); err != nil {
+				return errIdle{err}
+			}
+		case c.buf[c.r+1] != '\n':
+			return nil
+		default:
+			c.r += 2
+			skipped = true
+		}
+	}
+}
+
+// idleRead waits for anything to arrive, without a buffer.
+func (c *clientConn) idleRead() error {
+	limits := &c.srv.h.limits
+	c.releaseBuf()
+	wait := limits.Idle
+	if c.requests == 0 {
+		wait = limits.Head // the handshake of TLS is part of it
+	}
+	c.idle.Store(true)
+	defer c.idle.Store(false)
+	if c.srv.draining.Load() {
+		return io.EOF
+	}
+	if err := c.Conn.SetReadDeadline(time.Now().Add(wait)); err != nil {
+		return err
+	}
+	return c.fill()
+}
+
 // readHead returns where the next head ends in buf.
 func (c *clientConn) readHead() (end int, err error) {
 	limits := &c.srv.h.limits
-	if c.r == c.w {
-		c.releaseBuf()
-		wait := limits.Idle
-		if c.requests == 0 {
-			wait = limits.Head // the handshake of TLS is part of it
-		}
-		c.idle.Store(true)
-		if c.srv.draining.Load() {
-			return 0, io.EOF
-		}
-		if err := c.Conn.SetReadDeadline(time.Now().Add(wait)); err != nil {
-			return 0, err
-		}
-		err := c.fill()
-		c.idle.Store(false)
-		if err != nil {
-			return 0, errIdle{err}
-		}
-	}
-	if c.w-c.r >= 2 && c.buf[c.r] == '\r' && c.buf[c.r+1] == '\n' {
-		c.r += 2 // RFC 9112, 2.2: an empty line that an old client sent after a body
+	if err := c.awaitHead(); err != nil {
+		return 0, err
 	}
 	from, started := c.r, false
 	for {

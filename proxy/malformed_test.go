@@ -3,6 +3,7 @@ package proxy
 import (
 	"io"
 	"net/http"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -181,14 +182,38 @@ func TestHeadDeadline(t *testing.T) {
 	e.connect(t).expectEOF()
 }
 
-// One CRLF before a request line is an old client's habit, not an attack.
+// One CRLF before a request line is an old client's habit, not an attack, however it is cut into packets; two are not.
 func TestEmptyLineBeforeARequest(t *testing.T) {
-	e := startEdge(t)
+	e := startEdge(t, func(o *Options) { o.Limits.Head, o.Limits.Idle = 300*time.Millisecond, 300*time.Millisecond })
 	b := echoHead(t)
 	e.sandbox(t, routing.Route{Sandbox: "isv"}, map[uint16]string{3000: b.addr})
-	c := e.connect(t)
-	c.write("\r\n" + getRequest)
-	if resp, _ := c.response("GET"); resp.StatusCode != 200 {
-		t.Errorf("got %d", resp.StatusCode)
+	for name, pieces := range map[string][]string{
+		"whole": {"\r\n" + getRequest}, "before": {"\r\n", getRequest}, "cut": {"\r", "\n", getRequest}, "cut at the head": {"\r", "\n" + getRequest},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := e.connect(t)
+			for _, piece := range pieces {
+				c.write(piece)
+				runtime.Gosched() // a packet of its own, most of the time
+			}
+			if resp, _ := c.response("GET"); resp.StatusCode != 200 {
+				t.Errorf("got %d", resp.StatusCode)
+			}
+		})
 	}
+	t.Run("no request that could time out", func(t *testing.T) {
+		for _, stray := range []string{"\r\n", "\r"} {
+			c := e.connect(t)
+			c.write("POST / HTTP/1.1\r\nHost: 9-isv.sluice.test\r\nContent-Length: 2\r\n\r\nhi" + stray)
+			c.response("POST")
+			c.expectEOF() // and no 408 before it
+		}
+	})
+	t.Run("two", func(t *testing.T) {
+		c := e.connect(t)
+		c.write("\r\n\r\n" + getRequest)
+		if resp, _ := c.response("GET"); resp.StatusCode != 400 {
+			t.Errorf("got %d", resp.StatusCode)
+		}
+	})
 }
