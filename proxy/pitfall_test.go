@@ -672,6 +672,42 @@ func TestPitfall16ConnectionsPerClientAreCapped(t *testing.T) {
 	})
 }
 
+// The plain listener and that of TLS are two ways to the same edge.
+func TestConnectionsAreCountedOverAllListeners(t *testing.T) {
+	for name, limit := range map[string]func(*Options){
+		"client_cap": func(o *Options) { o.Limits.ConnsPerClient = 1 }, "total_cap": func(o *Options) { o.Limits.Conns = 1 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := edgeWith(t, echoHead(t), limit)
+			ln, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(context.Background())
+			served := make(chan error, 1)
+			go func() { served <- e.handler.Serve(ctx, ln) }()
+			defer func() {
+				cancel()
+				<-served
+			}()
+			first := e.connect(t)
+			first.write(getRequest)
+			first.response("GET")
+			nc, err := net.Dial("tcp", ln.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			second := wrapRaw(t, nc)
+			if resp, body := second.response("GET"); resp.StatusCode < 429 {
+				t.Errorf("got %d %s", resp.StatusCode, body)
+			}
+			if n := e.counter(`sluice_proxy_refusals_total{reason="` + name + `"}`); n != 1 {
+				t.Errorf("counted %d times", n)
+			}
+		})
+	}
+}
+
 func TestConnectionsInAllAreCapped(t *testing.T) {
 	b := echoHead(t)
 	e := edgeWith(t, b, func(o *Options) { o.Limits.Conns = 1 })

@@ -60,7 +60,7 @@ type Options struct {
 	Metrics *metrics.Set // nil: a private one
 }
 
-// Limits bound what a client, a sandbox and the whole may take. A zero field means the default beside it.
+// Limits bound what a client, a sandbox and the whole may take, over all of a handler's listeners. A zero field means the default beside it.
 type Limits struct {
 	// HeadBytes bounds a request's head; 64 KiB. Browsers send up to 8, and cookies of a whole domain may come to more.
 	HeadBytes int
@@ -145,6 +145,7 @@ type Handler struct {
 	log     *zap.Logger
 	stats   *stats
 
+	conns  connCount
 	load   load // requests under way
 	bodies load // of these, those whose body is still arriving
 }
@@ -165,6 +166,7 @@ func New(opts Options) (*Handler, error) {
 		limits:  opts.Limits,
 		log:     opts.Log,
 		stats:   newStats(opts.Metrics),
+		conns:   connCount{byClient: make(map[netip.Addr]int)},
 	}
 	if h.api == nil {
 		dialer := &net.Dialer{Timeout: opts.Limits.Dial}

@@ -25,10 +25,6 @@ type server struct {
 
 	draining atomic.Bool
 	conns    sync.WaitGroup
-
-	mu       sync.Mutex // guards the fields below
-	total    int
-	byClient map[netip.Addr]int
 }
 
 func newServer(h *Handler) (*server, error) {
@@ -36,7 +32,7 @@ func newServer(h *Handler) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &server{h: h, watch: watch, byClient: make(map[netip.Addr]int)}
+	s := &server{h: h, watch: watch}
 	if h.api != nil {
 		s.api = link.NewPool(func(ctx context.Context, t link.Target) (net.Conn, error) { return h.api(ctx, t.Addr) },
 			link.PoolOptions{})
@@ -130,32 +126,50 @@ func (s *server) drain(ctx context.Context, fast *fasthttp.Server) {
 
 // enter counts a connection in, or says why not.
 func (s *server) enter(c *clientConn) Reason {
-	key := clientKey(c.addr.Addr())
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.total >= s.h.limits.Conns {
-		return ReasonTotalCap
+	if reason := s.h.conns.enter(c.addr.Addr(), &s.h.limits); reason != reasonNone {
+		return reason
 	}
-	if s.byClient[key] >= s.h.limits.ConnsPerClient {
-		return ReasonClientCap
-	}
-	s.total++
-	s.byClient[key]++
 	s.conns.Add(1)
 	s.h.stats.conns.Inc()
 	return reasonNone
 }
 
 func (s *server) leave(c *clientConn) {
-	key := clientKey(c.addr.Addr())
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.total--
-	if s.byClient[key]--; s.byClient[key] == 0 {
-		delete(s.byClient, key)
-	}
+	s.h.conns.leave(c.addr.Addr())
 	s.h.stats.conns.Dec()
 	s.conns.Done()
+}
+
+// connCount counts the connections of all listeners: a client that uses two of them is one client.
+type connCount struct {
+	mu       sync.Mutex // guards the fields below
+	total    int
+	byClient map[netip.Addr]int
+}
+
+func (n *connCount) enter(addr netip.Addr, limits *Limits) Reason {
+	key := clientKey(addr)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.total >= limits.Conns {
+		return ReasonTotalCap
+	}
+	if n.byClient[key] >= limits.ConnsPerClient {
+		return ReasonClientCap
+	}
+	n.total++
+	n.byClient[key]++
+	return reasonNone
+}
+
+func (n *connCount) leave(addr netip.Addr) {
+	key := clientKey(addr)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.total--
+	if n.byClient[key]--; n.byClient[key] == 0 {
+		delete(n.byClient, key)
+	}
 }
 
 // clientKey is what connections are counted by: an IPv4 address, or an IPv6 network as one household or host has it.
