@@ -15,6 +15,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -144,6 +145,8 @@ type Handler struct {
 	limits  Limits
 	log     *zap.Logger
 	stats   *stats
+
+	warnOnce sync.Once
 
 	conns  connCount
 	load   load // requests under way

@@ -43,6 +43,7 @@ func newServer(h *Handler) (*server, error) {
 // Serve serves a listener, plain or TLS, until ctx ends; then it stops accepting, tells clients to close, waits for the
 // requests under way for as long as Limits.Drain says, and resets what is left. It may be called once per listener.
 func (h *Handler) Serve(ctx context.Context, ln net.Listener) error {
+	h.warnOnce.Do(h.warnOfDescriptors)
 	s, err := newServer(h)
 	if err != nil {
 		return err
@@ -104,6 +105,17 @@ func (h *Handler) Serve(ctx context.Context, ln net.Listener) error {
 		<-served
 		s.drain(ctx, fast)
 		return err
+	}
+}
+
+// warnOfDescriptors says when the process will run out of descriptors before Limits.Conns is reached: then accepting fails
+// for everybody, where the limit would refuse with a reason. A request under way takes one for the client and one for the
+// sandbox.
+func (h *Handler) warnOfDescriptors() {
+	want, have := 2*uint64(max(h.limits.Conns, 0)), descriptorLimit() // #nosec G115 -- not negative
+	if have < want {
+		h.log.Warn("descriptors will run out before connections do: raise LimitNOFILE, or take fewer connections",
+			zap.Uint64("have", have), zap.Uint64("want", want), zap.Int("connections", h.limits.Conns))
 	}
 }
 

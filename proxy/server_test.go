@@ -413,6 +413,34 @@ func (l *failingListener) Accept() (net.Conn, error) {
 	return l.Listener.Accept()
 }
 
+func TestTooFewDescriptorsAreToldOnce(t *testing.T) {
+	if descriptorLimit() > 1<<40 {
+		t.Skip("there is no limit of descriptors to compare with")
+	}
+	for conns, want := range map[int]int{1: 0, 1 << 40: 1} {
+		core, logs := observer.New(zapcore.WarnLevel)
+		h, err := New(Options{Hosts: &routing.Hosts{}, Routes: fixedRoutes{}, Link: link.NewPool(nil, link.PoolOptions{}),
+			Limits: Limits{Conns: conns}, Log: zap.New(core)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		for range 2 {
+			ln, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := h.Serve(ctx, ln); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := logs.FilterMessageSnippet("descriptors").Len(); got != want {
+			t.Errorf("%d connections: warned %d times, want %d", conns, got, want)
+		}
+	}
+}
+
 func TestManyClientsAtOnce(t *testing.T) {
 	addr := serveHTTP(t, func(w http.ResponseWriter, r *http.Request) {
 		n, _ := io.Copy(io.Discard, r.Body)

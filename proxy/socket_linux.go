@@ -1,6 +1,10 @@
 package proxy
 
-import "golang.org/x/sys/unix"
+import (
+	"math"
+
+	"golang.org/x/sys/unix"
+)
 
 const (
 	// waitingBytes is how much of an answer may wait in the kernel for its turn to be sent. What is under way comes on top and
@@ -22,4 +26,13 @@ func limitSocket(c *clientConn, millis int) {
 		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, waitingBytes)
 		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, unservedBytes)
 	})
+}
+
+// descriptorLimit is how many descriptors the process may have. Go has raised it as far as it may already.
+func descriptorLimit() uint64 {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return math.MaxUint64
+	}
+	return limit.Cur
 }
