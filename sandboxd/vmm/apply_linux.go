@@ -74,7 +74,8 @@ func (p Plan) apply(api *net.UnixListener, log *os.File) (pid int, pidfd *os.Fil
 	if err := unix.SetNonblock(fd, true); err != nil {
 		return 0, nil, err
 	}
-	// A dump of the hypervisor would hold its guest's memory.
+	// A dump of the hypervisor would hold its guest's memory. Where root lacks CAP_SYS_RESOURCE it may not limit another user's process;
+	// then the limits are this process's own, as inherited.
 	_ = unix.Prlimit(pid, unix.RLIMIT_CORE, &unix.Rlimit{}, nil)
 	_ = unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1024, Max: 1024}, nil)
 	return pid, os.NewFile(uintptr(fd), "pidfd"), nil
