@@ -2,9 +2,12 @@ package vmm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
+	"slices"
+	"strings"
+	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
 )
@@ -36,27 +39,49 @@ func (vm *VM) Restore(ctx context.Context, mode RestoreMode, tap *os.File) error
 }
 
 // Snapshot writes the VM, which must be paused, into draft. After an error the draft holds nothing that could be mistaken for a snapshot;
-// the VM is paused still and can be resumed.
+// the VM is paused still and can be resumed. A VM that was restored on demand has to be all there first: Snapshot waits for it.
 func (vm *VM) Snapshot(ctx context.Context, draft *Draft) error {
-	out := vm.spec.outDir()
-	r, err := os.OpenRoot(out)
+	r, err := os.OpenRoot(vm.spec.outDir())
 	if err != nil {
 		return fmt.Errorf("snapshot: %w", err)
 	}
 	defer r.Close()
-	name := "s" + randomName()
-	if err := r.Mkdir(name, 0o700); err != nil {
-		return fmt.Errorf("snapshot: %w", err)
+	// Nothing tells when the memory is there but the attempt itself.
+	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
+		err := vm.snapshotOnce(ctx, r, draft)
+		if !stillRestoring(err) {
+			return err
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return fmt.Errorf("wait for the memory of an earlier snapshot: %w", context.Cause(ctx))
+		}
 	}
-	defer r.RemoveAll(name)
-	if err := r.Lchown(name, int(vm.spec.UID), int(vm.spec.UID)); err != nil {
+}
+
+// stillRestoring knows the refusal by its words: its status says nothing, and no call tells whether the memory is there.
+func stillRestoring(err error) bool {
+	refusal, ok := errors.AsType[*APIError](err)
+	return ok && slices.ContainsFunc(refusal.Chain, func(s string) bool { return strings.Contains(s, "restore is still in progress") })
+}
+
+func (vm *VM) snapshotOnce(ctx context.Context, out *os.Root, draft *Draft) error {
+	name := "s" + randomName()
+	if err := out.Mkdir(name, 0o700); err != nil {
+		return diskError("snapshot", err)
+	}
+	defer out.RemoveAll(name)
+	if err := out.Lchown(name, int(vm.spec.UID), int(vm.spec.UID)); err != nil {
 		return fmt.Errorf("snapshot: %w", err)
 	}
 	if err := vm.API.snapshot(ctx, insideOut+"/"+name); err != nil {
 		return vm.because(err)
 	}
-	if err := draft.take(r, name); err != nil {
-		return fmt.Errorf("take the snapshot from %s: %w", filepath.Join(out, name), err)
+	if err := draft.take(out, name); err != nil {
+		return fmt.Errorf("take the snapshot: %w", err)
 	}
 	return nil
 }

@@ -60,7 +60,8 @@ type CPUsConfig struct {
 	Nested bool `json:"nested"` // always said: the default lets guests run guests, which is attack surface for nothing
 }
 
-// MemoryConfig is the memory, in bytes.
+// MemoryConfig is the memory, in bytes. It is always shared, which means a file in memory instead of anonymous pages: only then does the
+// hypervisor know which pages the guest never touched, and leaves them out of a snapshot.
 type MemoryConfig struct {
 	Size   int64 `json:"size"`
 	Shared bool  `json:"shared"`
@@ -152,7 +153,7 @@ func Config(spec Spec, shape Shape) (VMConfig, error) {
 	}
 	c := VMConfig{
 		CPUs:    CPUsConfig{Boot: shape.CPUs, Max: shape.CPUs},
-		Memory:  MemoryConfig{Size: int64(shape.MemoryMiB) << 20},
+		Memory:  MemoryConfig{Size: int64(shape.MemoryMiB) << 20, Shared: true},
 		Payload: PayloadConfig{Kernel: insideKernel, Cmdline: shape.Cmdline},
 		RNG:     RNGConfig{Src: insideRandom},
 		Serial:  ConsoleConfig{Mode: "File", File: insideRun + "/" + serialName},

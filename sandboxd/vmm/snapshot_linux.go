@@ -192,11 +192,11 @@ func (d *Draft) Commit(ctx context.Context, hypervisor string, labels map[string
 		if e.Name() == manifestName || !e.Type().IsRegular() {
 			return Snapshot{}, fmt.Errorf("commit snapshot %s: %q cannot be part of one", d.name, e.Name())
 		}
-		f, err := os.OpenFile(filepath.Join(d.dir, e.Name()), os.O_RDONLY|unix.O_NOFOLLOW, 0)
+		f, err := os.OpenFile(filepath.Join(d.dir, e.Name()), os.O_RDWR|unix.O_NOFOLLOW, 0)
 		if err != nil {
 			return Snapshot{}, fmt.Errorf("commit snapshot %s: %w", d.name, err)
 		}
-		entry, err := sumFile(ctx, f)
+		entry, err := sumFile(ctx, f, dig)
 		if err == nil {
 			err = f.Sync()
 		}
@@ -295,7 +295,7 @@ func (s *Snapshots) Verify(ctx context.Context, name string) error {
 		if err != nil {
 			return fmt.Errorf("verify snapshot %s: %w", name, err)
 		}
-		got, err := sumFile(ctx, f)
+		got, err := sumFile(ctx, f, nil)
 		f.Close()
 		if err != nil {
 			return fmt.Errorf("verify snapshot %s: %w", name, err)
@@ -396,8 +396,8 @@ func parseManifest(text []byte) (Manifest, error) {
 const sumBlock = 64 << 10
 
 // sumFile sums a file's content: of each block of 64 KiB that is not all zeros its position and its bytes. So holes cost nothing, and a
-// copy that is sparse elsewhere has the same sum.
-func sumFile(ctx context.Context, f *os.File) (ManifestFile, error) {
+// copy that is sparse elsewhere has the same sum. onZeros is told of blocks that are zeros without being holes; nil is nobody.
+func sumFile(ctx context.Context, f *os.File, onZeros func(f *os.File, pos, n int64) error) (ManifestFile, error) {
 	st, err := f.Stat()
 	if err != nil {
 		return ManifestFile{}, err
@@ -430,10 +430,23 @@ func sumFile(ctx context.Context, f *os.File) (ManifestFile, error) {
 			binary.BigEndian.PutUint64(at[:], uint64(pos))
 			h.Write(at[:])
 			h.Write(buf[:n])
+		} else if onZeros != nil {
+			if err := onZeros(f, pos, int64(n)); err != nil {
+				return ManifestFile{}, err
+			}
 		}
 		pos += sumBlock
 	}
 	return ManifestFile{Size: st.Size(), CRC32C: hex.EncodeToString(h.Sum(nil))}, nil
+}
+
+// dig makes a hole of a block that is zeros: memory that a guest has had and cleared, or that came back from an earlier snapshot.
+func dig(f *os.File, pos, n int64) error {
+	err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, pos, n)
+	if errors.Is(err, unix.ENOTSUP) {
+		return nil
+	}
+	return err
 }
 
 // nextData is where the first byte at or after pos is that may not be zero; size when there is none.

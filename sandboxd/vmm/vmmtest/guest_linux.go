@@ -9,7 +9,6 @@ import (
 	"strings"
 	"unsafe"
 
-
 	"golang.org/x/sys/unix"
 )
 
@@ -171,4 +170,3 @@ func (realHardware) off() { _ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF) }
 func (realHardware) crash() {
 	_ = os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
 }
-
