@@ -171,12 +171,10 @@ func Config(spec Spec, shape Shape) (VMConfig, error) {
 		c.Disks = append(c.Disks, DiskConfig{ID: diskID, Path: insideDisk, ImageType: rawImage, Rates: limiter})
 	}
 	if shape.Landlock {
-		// Files named above are opened to it by themselves. These paths exist in every tree, so the rules fit wherever a snapshot of
-		// this VM is restored; one that is not there is skipped.
+		// Files named above are opened to it by themselves. The hypervisor refuses rules for what does not exist, and a snapshot carries
+		// them along: so these are in every tree.
 		c.Landlock = true
-		c.Rules = []LandlockRule{
-			{insideRun, "rw"}, {insideOut, "rw"}, {insideSnapshot, "r"}, {insideUserfault, "rw"},
-		}
+		c.Rules = []LandlockRule{{insideRun, "rw"}, {insideOut, "rw"}, {insideSnapshot, "r"}, {insideDevices, "rw"}}
 	}
 	return c, nil
 }

@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -105,7 +106,7 @@ func readTail(dir, name string, n int64) ([]byte, error) {
 	n = min(n, st.Size())
 	b := make([]byte, n)
 	m, err := f.ReadAt(b, st.Size()-n)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("read log: %w", err)
 	}
 	return bytes.TrimLeft(b[:m], "\x00"), nil

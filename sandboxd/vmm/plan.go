@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"path"
 	"path/filepath"
-	"slices"
 	"strings"
 )
 
@@ -115,7 +114,6 @@ type machine struct {
 	binary    string
 	libraries []string // of the binary, with its loader; none when it is static
 	userfault uint32   // minor number of /dev/userfaultfd; zero when there is none
-	landlock  bool     // the kernel has as much of it as the hypervisor demands
 }
 
 const (
@@ -182,15 +180,12 @@ func compile(m machine, s Spec) Plan {
 	}
 	dir(s.runDir(), insideRun)
 	dir(s.outDir(), insideOut)
+	mkdir(strings.TrimPrefix(insideSnapshot, "/"))
 	if s.Snapshot != "" {
 		dir(s.Snapshot, insideSnapshot, "ro")
 	}
 	p.Ops = append(p.Ops, Op{Do: DoReadall}, Op{Do: DoPivot})
 
 	p.Argv = []string{p.Name, "--api-socket", fmt.Sprintf("fd=%d", apiFD), "--seccomp", "true"}
-	if m.landlock {
-		p.Argv = append(p.Argv, "--landlock") // for the threads that serve the API; the VM's own come with its configuration
-	}
-	p.Argv = slices.Clip(p.Argv)
 	return p
 }

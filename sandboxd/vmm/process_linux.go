@@ -36,12 +36,13 @@ func New(o Options) (*Launcher, error) {
 		return nil, err
 	}
 	return &Launcher{o: o.withDefaults(), machine: machine{
-		binary: o.Binary, libraries: libs, userfault: userfaultMinor(), landlock: landlockABI() >= landlockWanted,
+		binary: o.Binary, libraries: libs, userfault: userfaultMinor(),
 	}}, nil
 }
 
-// Landlock tells whether the kernel has as much of it as the hypervisor demands: then Shape.Landlock may be set.
-func (l *Launcher) Landlock() bool { return l.machine.landlock }
+// Landlock tells whether the kernel has as much of it as the hypervisor demands: then Shape.Landlock may be set. It fences the threads of
+// the VM from its creation on; the one that serves the API has the tree alone.
+func (l *Launcher) Landlock() bool { return landlockABI() >= landlockWanted }
 
 // OnDemand tells whether a restore can fault memory in.
 func (l *Launcher) OnDemand() bool { return l.machine.userfault != 0 }

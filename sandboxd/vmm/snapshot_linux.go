@@ -419,7 +419,7 @@ func sumFile(ctx context.Context, f *os.File, onZeros func(f *os.File, pos, n in
 			break
 		}
 		n, err := f.ReadAt(buf, pos)
-		if err != nil && err != io.EOF {
+		if err != nil && !errors.Is(err, io.EOF) {
 			return ManifestFile{}, err
 		}
 		if n == 0 {
@@ -522,7 +522,7 @@ func copySparse(ctx context.Context, dst string, in *os.File) (err error) {
 			break
 		}
 		n, err := in.ReadAt(buf, pos)
-		if err != nil && err != io.EOF {
+		if err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
 		if n == 0 {

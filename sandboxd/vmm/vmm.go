@@ -94,7 +94,7 @@ const (
 	insideSnapshot  = "/snapshot"
 	insideRun       = "/run"
 	insideOut       = "/out"
-	insideUserfault = "/dev/userfaultfd"
+	insideDevices   = "/dev"
 	insideRandom    = "/dev/urandom"
 )
 

@@ -35,11 +35,19 @@ func Run(t *testing.T, newHost func(t *testing.T) Host) {
 		t.Skip("needs root: run the tests as root, or in a privileged container")
 	}
 	h := newHost(t)
+	t.Logf("landlock %v, restore on demand %v", h.Launcher.Landlock(), h.Launcher.OnDemand())
 	t.Run("Life", h.testLife)
 	t.Run("Confinement", h.testConfinement)
 	t.Run("Ends", h.testEnds)
 	t.Run("Adopt", h.testAdopt)
 	t.Run("BadInput", h.testBadInput)
+}
+
+// Shape is that of the suite's VMs, with all the fences that this host has.
+func (h Host) Shape() vmm.Shape {
+	s := Shape()
+	s.Landlock = h.Launcher.Landlock()
+	return s
 }
 
 // Box is one VM of a test.
@@ -121,7 +129,7 @@ func (b *Box) Boot(ctx context.Context) {
 	}
 	defer up.Close()
 	b.Start(ctx)
-	if err := b.VM.Boot(ctx, Shape(), b.Tap); err != nil {
+	if err := b.VM.Boot(ctx, b.Host.Shape(), b.Tap); err != nil {
 		b.T.Fatalf("Boot: %v", err)
 	}
 	b.waitUp(ctx, up)
@@ -447,7 +455,7 @@ func (h Host) testConfinement(t *testing.T) {
 		names = append(names, e.Name())
 	}
 	for _, n := range names {
-		if !slices.Contains([]string{"cloud-hypervisor", "dev", "disk.img", "initramfs", "kernel", "lib", "lib64", "out", "root.img", "run", "usr"}, n) {
+		if !slices.Contains([]string{"cloud-hypervisor", "dev", "disk.img", "initramfs", "kernel", "lib", "lib64", "out", "root.img", "run", "snapshot", "usr"}, n) {
 			t.Errorf("the hypervisor sees /%s", n)
 		}
 	}
@@ -558,7 +566,7 @@ func (h Host) testAdopt(t *testing.T) {
 			t.Errorf("Destroy: %v", err)
 		}
 	}
-	b.Ended(ctx)
+	_ = b.Ended(ctx)
 	if _, err := h.Launcher.Adopt(b.Spec, handle); errs.CodeOf(err) != errs.NotFound {
 		t.Errorf("Adopt of what is gone: %v, want NotFound", err)
 	}
@@ -612,13 +620,16 @@ func (h Host) testBadInput(t *testing.T) {
 		}
 		b.Start(ctx)
 		err := b.VM.Restore(ctx, vmm.RestoreCopy, b.Tap)
-		if err == nil {
-			b.T.Error("Restore of rubbish succeeds")
+		if refusal, ok := errors.AsType[*vmm.APIError](err); !ok || len(refusal.Chain) == 0 {
+			b.T.Errorf("Restore of rubbish: %v, want a refusal with its reason", err)
+		}
+		if _, err := b.VM.API.Ping(ctx); err != nil {
+			b.T.Errorf("Ping after a refused restore: %v", err)
 		}
 	})
 	check("TwiceCreated", func(b *Box) {
 		b.Boot(ctx)
-		err := b.VM.Boot(ctx, Shape(), b.Tap)
+		err := b.VM.Boot(ctx, b.Host.Shape(), b.Tap)
 		if _, ok := errors.AsType[*vmm.APIError](err); !ok {
 			b.T.Errorf("Boot of a running VM: %v, want a refusal", err)
 		}
