@@ -80,7 +80,7 @@ func (vm *VM) snapshotOnce(ctx context.Context, out *os.Root, draft *Draft) erro
 	if err := vm.API.snapshot(ctx, insideOut+"/"+name); err != nil {
 		return vm.because(err)
 	}
-	if err := draft.take(out, name); err != nil {
+	if err := draft.take(ctx, out, name); err != nil {
 		return fmt.Errorf("take the snapshot: %w", err)
 	}
 	return nil

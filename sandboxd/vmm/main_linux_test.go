@@ -30,6 +30,20 @@ func TestReal(t *testing.T) {
 		return
 	}
 	vmmtest.Run(t, realHost)
+	binary, err := lab.FindVMM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v, err := vmm.Probe(t.Context(), binary); err != nil || v.Less(vmm.MinVersion) {
+		t.Errorf("Probe = %v, %v", v, err)
+	}
+	found := vmm.Findings(t.Context(), binary)
+	for _, f := range found {
+		t.Log(f)
+	}
+	if !vmm.Usable(found) {
+		t.Error("VMs run here, and the findings say that they cannot")
+	}
 }
 
 func fakeHost(t *testing.T) vmmtest.Host {

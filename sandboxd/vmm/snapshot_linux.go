@@ -108,7 +108,7 @@ func (d *Draft) CopyIn(ctx context.Context, name, src string) error {
 
 // take moves the files of a directory where a hypervisor may write into the draft. Only plain files are taken, and they are made the
 // node's own, so that the next VM's user can read them and no VM's user can write them.
-func (d *Draft) take(from *os.Root, name string) error {
+func (d *Draft) take(ctx context.Context, from *os.Root, name string) error {
 	dir, err := from.Open(name)
 	if err != nil {
 		return err
@@ -132,7 +132,7 @@ func (d *Draft) take(from *os.Root, name string) error {
 		}
 		err := unix.Renameat(int(dir.Fd()), n, int(target.Fd()), n)
 		if errors.Is(err, unix.EXDEV) {
-			err = d.copyFrom(dir, n)
+			err = d.copyFrom(ctx, dir, n)
 		}
 		if err != nil {
 			return diskError("take "+n, err)
@@ -145,14 +145,14 @@ func (d *Draft) take(from *os.Root, name string) error {
 }
 
 // copyFrom is for a VM's directory on another file system.
-func (d *Draft) copyFrom(dir *os.File, name string) error {
+func (d *Draft) copyFrom(ctx context.Context, dir *os.File, name string) error {
 	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
 	src := os.NewFile(uintptr(fd), name)
 	defer src.Close()
-	return copySparse(context.Background(), filepath.Join(d.dir, name), src)
+	return copySparse(ctx, filepath.Join(d.dir, name), src)
 }
 
 // own makes a file root's, readable by every VM's user: the directories above are root's alone, and a VM sees what is bound into its tree.

@@ -139,15 +139,15 @@ func (b *Box) waitUp(ctx context.Context, up *net.UnixListener) {
 	b.T.Helper()
 	stop := context.AfterFunc(ctx, func() { up.Close() })
 	defer stop()
-	ended := make(chan struct{})
-	defer close(ended)
-	go func() {
+	accepted := make(chan struct{})
+	defer close(accepted)
+	go func(vmEnded <-chan struct{}) {
 		select {
-		case <-b.VM.Done():
+		case <-vmEnded:
 			up.Close()
-		case <-ended:
+		case <-accepted:
 		}
-	}()
+	}(b.VM.Done())
 	c, err := up.Accept()
 	if err != nil {
 		serial, _ := b.VM.Serial(4096)
@@ -307,10 +307,12 @@ func (h Host) testLife(t *testing.T) {
 		t.Fatalf("Kill: %v", err)
 	}
 
-	// Two VMs go on from the snapshot, each by itself.
+	// Two VMs go on from the snapshot, both at once and each by itself. They share its files and the root image.
+	var restored []*Box
 	for i := range 2 {
 		r := h.NewBox(t)
-		r.Spec.Snapshot = snap.Dir
+		restored = append(restored, r)
+		r.Spec.Snapshot, r.Spec.Root = snap.Dir, b.Spec.Root
 		if err := os.Remove(r.Spec.Disk); err != nil {
 			t.Fatal(err)
 		}
@@ -338,6 +340,9 @@ func (h Host) testLife(t *testing.T) {
 		if i == 0 {
 			r.snapshotAgain(ctx, snapshots)
 		}
+	}
+	for i, r := range restored {
+		r.want(ctx, "read", fmt.Sprintf("restored %d", i))
 		if err := r.VM.API.Shutdown(ctx); err != nil {
 			t.Errorf("Shutdown: %v", err)
 		}
