@@ -3,6 +3,9 @@ package vmm_test
 import (
 	"bufio"
 	"errors"
+	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,11 +19,18 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	vmmtest.Main()
+	vmmtest.Main(&vmmtest.Guest{Serve: map[uint32]func(net.Conn){echoPort: func(c net.Conn) { _, _ = io.Copy(c, c) }},
+		Save: func() []byte { return []byte("saved") }, Load: func(b []byte) { fmt.Fprintf(os.Stderr, "loaded %s\n", b) }})
+	if spec := os.Getenv(starterVariable); spec != "" {
+		startAndDie(spec)
+	}
 	code := m.Run()
 	lab.CloseNested()
 	os.Exit(code)
 }
+
+// echoPort is served by this test's guest beside the suite's.
+const echoPort = 2000
 
 func TestFake(t *testing.T) { vmmtest.Run(t, fakeHost) }
 

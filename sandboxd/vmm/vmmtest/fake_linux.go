@@ -60,8 +60,9 @@ func WriteKernel(path string, f Faults) error {
 
 // Fake is a hypervisor without a processor.
 type Fake struct {
-	root string // what its paths are below; "/" for a process in its own tree
-	exit func(code int, last string)
+	root  string // what its paths are below; "/" for a process in its own tree
+	exit  func(code int, last string)
+	extra Guest
 
 	mu      sync.Mutex // guards the fields below
 	state   vmm.State  // empty when there is no VM
@@ -74,7 +75,7 @@ type Fake struct {
 	stop    chan struct{}
 }
 
-func runFake(socket string) int {
+func runFake(socket string, g *Guest) int {
 	number, ok := strings.CutPrefix(socket, "fd=")
 	fd, err := strconv.Atoi(number)
 	if !ok || err != nil {
@@ -96,6 +97,9 @@ func runFake(socket string) int {
 		}
 		os.Exit(code)
 	})
+	if g != nil {
+		f.extra = *g
+	}
 	_ = f.Serve(context.Background(), l.(*net.UnixListener))
 	return 0
 }
@@ -451,12 +455,15 @@ func (f *Fake) start() {
 // sayUp is the guest's first word, on its console and to the host.
 func (f *Fake) sayUp() {
 	f.guest.hw.say("READY")
-	c, err := net.Dial("unix", fmt.Sprintf("%s_%d", f.path(f.config.Vsock.Socket), UpPort))
-	if err != nil {
-		return // nobody wants to know
+	socket := f.path(f.config.Vsock.Socket)
+	dial := func(port uint32) (net.Conn, error) { return net.Dial("unix", fmt.Sprintf("%s_%d", socket, port)) }
+	if c, err := dial(UpPort); err == nil { // else nobody wants to know
+		_, _ = io.WriteString(c, "up\n")
+		c.Close()
 	}
-	_, _ = io.WriteString(c, "up\n")
-	c.Close()
+	if f.extra.Up != nil {
+		f.extra.Up(dial)
+	}
 }
 
 func (f *Fake) serveVsock(l net.Listener) {
@@ -477,15 +484,41 @@ func (f *Fake) serveVsock(l net.Listener) {
 					break
 				}
 			}
-			if _, err := fmt.Sscanf(string(line), "CONNECT %d", &port); err != nil || port != GuestPort {
+			var serve func(net.Conn)
+			if _, err := fmt.Sscanf(string(line), "CONNECT %d", &port); err != nil {
 				return
 			}
+			if serve = f.extra.Serve[port]; serve == nil && port != GuestPort {
+				return
+			}
+			var err error
 			f.whileRunning(func() { _, err = io.WriteString(c, "OK 1073741824\n") })
-			if err == nil {
+			switch {
+			case err != nil:
+			case serve != nil:
+				serve(pausedConn{c, f})
+			default:
 				f.guest.serve(c, f.whileRunning)
 			}
 		}()
 	}
+}
+
+// pausedConn hands bytes to the guest, and takes its own, only while the VM runs.
+type pausedConn struct {
+	net.Conn
+	f *Fake
+}
+
+func (c pausedConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.f.whileRunning(func() {})
+	return n, err
+}
+
+func (c pausedConn) Write(b []byte) (int, error) {
+	c.f.whileRunning(func() {})
+	return c.Conn.Write(b)
 }
 
 // whileRunning is a step of the guest's processor: it waits while the VM is paused.
@@ -503,6 +536,7 @@ const (
 	fakeState  = "state.json"
 	fakeMemory = "memory-ranges"
 	memoryAt   = 1 << 20 // where the guest lives in its memory
+	extraAt    = 2 << 20 // and what Guest.Save returned: its length in twenty digits, and itself
 )
 
 func (f *Fake) snapshot(dir string) error {
@@ -523,7 +557,17 @@ func (f *Fake) snapshot(dir string) error {
 	if err := m.Truncate(f.config.Memory.Size); err != nil {
 		return err
 	}
+	var extra []byte
+	if f.extra.Save != nil {
+		extra = f.extra.Save()
+	}
+	if int64(len(extra)) > f.config.Memory.Size-extraAt-20 {
+		return errors.New("the guest's memory is full")
+	}
 	_, err = fmt.Fprintf(io.NewOffsetWriter(m, memoryAt), "%020d", f.guest.count)
+	if err == nil {
+		_, err = fmt.Fprintf(io.NewOffsetWriter(m, extraAt), "%020d%s", len(extra), extra)
+	}
 	return err
 }
 
@@ -546,16 +590,35 @@ func (f *Fake) restore(dir string, taps int) error {
 		return err
 	}
 	defer m.Close()
-	b = make([]byte, 20)
-	if _, err := m.ReadAt(b, memoryAt); err != nil {
-		return fmt.Errorf("read the snapshot's memory: %w", err)
-	}
-	count, err := strconv.ParseInt(string(b), 10, 64)
+	count, err := readNumber(m, memoryAt)
 	if err != nil {
-		return fmt.Errorf("read the snapshot's memory: %w", err)
+		return err
+	}
+	n, err := readNumber(m, extraAt)
+	if err != nil {
+		return err
+	}
+	if f.extra.Load != nil {
+		extra := make([]byte, n)
+		if _, err := m.ReadAt(extra, extraAt+20); err != nil {
+			return fmt.Errorf("read the snapshot's memory: %w", err)
+		}
+		f.extra.Load(extra)
 	}
 	f.guest = &guest{hw: &fakeHardware{f}, count: count}
 	return f.open()
+}
+
+func readNumber(m *os.File, at int64) (int64, error) {
+	b := make([]byte, 20)
+	if _, err := m.ReadAt(b, at); err != nil {
+		return 0, fmt.Errorf("read the snapshot's memory: %w", err)
+	}
+	n, err := strconv.ParseInt(string(b), 10, 64)
+	if err != nil || n < 0 {
+		return 0, fmt.Errorf("read the snapshot's memory: %q is not a count", b)
+	}
+	return n, nil
 }
 
 type fakeHardware struct{ f *Fake }

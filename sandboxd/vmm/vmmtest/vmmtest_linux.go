@@ -21,14 +21,25 @@ const (
 // FakeVersion is what the fake says it is.
 const FakeVersion = "v52.0.0"
 
-// Main becomes what this binary was started as, if that is not a test. It then does not return.
-func Main() {
+// Guest is what the fake's guest does beside counting, for tests of what stands on VMs. Its functions run in the fake's process.
+type Guest struct {
+	// Serve has who answers on a vsock port. The connection stands still while the VM is paused.
+	Serve map[uint32]func(net.Conn)
+	// Up is called when the VM has booted, not when it is restored; dial connects to a vsock port of the host.
+	Up func(dial func(port uint32) (net.Conn, error))
+	// Save and Load are its memory: what Save returns is in the snapshot, and what Load gets at a restore.
+	Save func() []byte
+	Load func([]byte)
+}
+
+// Main becomes what this binary was started as, if that is not a test. It then does not return. g may be nil.
+func Main(g *Guest) {
 	switch {
 	case len(os.Args) == 2 && os.Args[1] == "--version":
 		fmt.Printf("cloud-hypervisor %s\nMigration Protocol Versions: 0\n", FakeVersion)
 		os.Exit(0)
 	case len(os.Args) > 2 && os.Args[1] == "--api-socket":
-		os.Exit(runFake(os.Args[2]))
+		os.Exit(runFake(os.Args[2], g))
 	case os.Getpid() == 1 && os.Args[0] == "/init":
 		runGuest()
 	}
