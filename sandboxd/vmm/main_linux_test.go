@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/sluice-edge/sluice/internal/lab"
 	"github.com/sluice-edge/sluice/sandboxd/vmm"
@@ -81,7 +82,10 @@ func realHost(t *testing.T) vmmtest.Host {
 	if err != nil {
 		t.Skip(err)
 	}
-	l, err := vmm.New(vmm.Options{Binary: binary, Log: zaptest.NewLogger(t)})
+	l, err := vmm.New(vmm.Options{
+		Binary: binary, Log: zaptest.NewLogger(t),
+		CallTimeout: time.Minute, SlowTimeout: 3 * time.Minute, // an emulated processor, on a busy machine
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
