@@ -107,7 +107,7 @@ func TestListStopsWhenTheClientIsGone(t *testing.T) {
 		t.Errorf("list() for a client that is gone = %v", err)
 	}
 	defer func() {
-		if v := recover(); v != http.ErrAbortHandler { //nolint:errorlint // a panic value, compared as net/http does
+		if v := recover(); v != http.ErrAbortHandler {
 			t.Errorf("list to a closed connection ended with %v, want a reset", v)
 		}
 		if len(s.handler.lists.all) != 0 {

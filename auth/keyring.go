@@ -28,7 +28,8 @@ type KeyringOptions struct {
 	MaxKeys int
 	// LoadTimeout is how long a request waits for the store; zero means 2s.
 	LoadTimeout time.Duration
-	// MaxLoads bounds the reads in flight, so that invented keys cannot load the store without limit; zero means 64.
+	// MaxLoads bounds the reads in flight of keys that were not valid when last read, so that invented ones cannot load the store
+	// without limit; zero means 64. A key that was valid is read whatever they do: of those there are MaxKeys at most.
 	MaxLoads int
 }
 
@@ -37,10 +38,10 @@ type Keyring struct {
 	// Fixed after NewKeyring.
 	store KeyStore
 	opts  KeyringOptions
-	loads chan struct{} // a slot per read in flight
+	loads chan struct{} // a slot per read in flight of a stranger's key
 
-	mu      sync.Mutex // guards the fields below; never held while the store is asked
-	known   *simplelru.LRU[KeyHash, knownKey]
+	mu      sync.Mutex                         // guards the fields below; never held while the store is asked
+	known   *simplelru.LRU[KeyHash, knownKey]  // valid when last read, also those whose time is over
 	unknown *simplelru.LRU[KeyHash, time.Time] // refused until then
 	flights map[KeyHash]*keyFlight
 }
@@ -52,6 +53,8 @@ type knownKey struct {
 
 // keyFlight is one read of the store that any number of requests wait for.
 type keyFlight struct {
+	stranger bool // it holds a slot of loads
+
 	// Written before done is closed.
 	principal Principal
 	err       error
@@ -130,17 +133,19 @@ func (k *Keyring) Authorize(ctx context.Context, key []byte) (Principal, error) 
 	}
 }
 
-// flyLocked returns the read in flight for a key, or starts one. Nil means that too many are in flight.
+// flyLocked returns the read in flight for a key, or starts one. Nil means that too many strangers' keys are being read.
 func (k *Keyring) flyLocked(ctx context.Context, hash KeyHash) *keyFlight {
 	if f := k.flights[hash]; f != nil {
 		return f
 	}
-	select {
-	case k.loads <- struct{}{}:
-	default:
-		return nil
+	f := &keyFlight{stranger: !k.known.Contains(hash), done: make(chan struct{})}
+	if f.stranger {
+		select {
+		case k.loads <- struct{}{}:
+		default:
+			return nil
+		}
 	}
-	f := &keyFlight{done: make(chan struct{})}
 	k.flights[hash] = f
 	go k.load(context.WithoutCancel(ctx), hash, f) // it serves all who wait, so it does not end with the first
 	return f
@@ -150,7 +155,11 @@ func (k *Keyring) flyLocked(ctx context.Context, hash KeyHash) *keyFlight {
 func (k *Keyring) load(ctx context.Context, hash KeyHash, f *keyFlight) {
 	ctx, cancel := context.WithTimeout(ctx, k.opts.LoadTimeout)
 	defer cancel()
-	defer func() { <-k.loads }()
+	defer func() {
+		if f.stranger {
+			<-k.loads
+		}
+	}()
 	defer close(f.done)
 	sent := time.Now()
 	record, err := k.store.Key(ctx, hash)

@@ -177,6 +177,45 @@ func TestKeyringBoundsReadsInFlight(t *testing.T) {
 	})
 }
 
+// TestInventedKeysDoNotCrowdOutValidOnes: sixty-four of them at a slow store once made every key that had to be read again unavailable.
+func TestInventedKeysDoNotCrowdOutValidOnes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ring, s, key, r := newRing(t, KeyringOptions{MaxLoads: 2, UnknownTTL: time.Nanosecond})
+		wantPrincipal(t, ring, key, r)
+		time.Sleep(10 * time.Second) // its time is over
+		gate := make(chan struct{})
+		s.hold.Store(&gate)
+		var callers sync.WaitGroup
+		for range 2 {
+			callers.Go(func() { wantAuth(t, ring, []byte(NewAPIKey()), errs.Denied) })
+		}
+		synctest.Wait()
+		wantAuth(t, ring, []byte(NewAPIKey()), errs.Unavailable)
+		callers.Go(func() { wantPrincipal(t, ring, key, r) })
+		synctest.Wait()
+		wantReads(t, s, 4)
+		close(gate)
+		callers.Wait()
+
+		// A key that was deleted is a stranger's.
+		if err := s.DeleteKey(t.Context(), r.ID); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Second)
+		wantAuth(t, ring, key, errs.Denied)
+		time.Sleep(time.Second)
+		second := make(chan struct{})
+		s.hold.Store(&second)
+		for range 2 {
+			callers.Go(func() { wantAuth(t, ring, []byte(NewAPIKey()), errs.Denied) })
+		}
+		synctest.Wait()
+		wantAuth(t, ring, key, errs.Unavailable)
+		close(second)
+		callers.Wait()
+	})
+}
+
 func TestKeyringStaysBounded(t *testing.T) {
 	ring, _, key, r := newRing(t, KeyringOptions{MaxKeys: 10})
 	wantPrincipal(t, ring, key, r)

@@ -132,14 +132,30 @@ func TestDevelopmentCAIsReplacedForANewDomain(t *testing.T) {
 	}
 }
 
-func TestDamagedCAIsNamedWithItsRemedy(t *testing.T) {
+func TestDamagedCAIsReplaced(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "ca.pem"), []byte("not a certificate"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	_, err := New(t.Context(), Options{Domains: []string{testDomain}, DevDir: dir})
-	if err == nil || !strings.Contains(err.Error(), "ca.pem") || !strings.Contains(err.Error(), "remove it") {
-		t.Errorf("New() = %v, want an error with the file and the remedy", err)
+	k := newDev(t, dir, testDomain)
+	if _, err := handshake(t, k, rootsOf(t, k.CAFile()), "x."+testDomain); err != nil {
+		t.Errorf("handshake with the new CA: %v", err)
+	}
+	if old, err := os.ReadFile(filepath.Join(dir, "ca.pem.old")); err != nil || string(old) != "not a certificate" {
+		t.Errorf("the damaged CA was not kept: %q, %v", old, err)
+	}
+}
+
+// One start with a domain that cannot be certified must not cost the CA that works.
+func TestBadDomainLeavesTheCAInForce(t *testing.T) {
+	dir := t.TempDir()
+	roots := rootsOf(t, newDev(t, dir, testDomain).CAFile())
+	if k, err := New(t.Context(), Options{Domains: []string{"bad domain"}, DevDir: dir}); err == nil {
+		k.Close()
+		t.Fatal("New() took a domain with a space")
+	}
+	if _, err := handshake(t, newDev(t, dir, testDomain), roots, "x."+testDomain); err != nil {
+		t.Errorf("handshake after the mistake: %v, want the old CA in force", err)
 	}
 }
 

@@ -47,25 +47,34 @@ func devNames(domains []string) []string {
 	return names
 }
 
-// openDevCA reads the CA from dir, or makes it. A CA whose constraints do not cover the domains, or that is about to
-// expire, is replaced; the old file is kept beside it with the suffix .old.
+// openDevCA reads the CA from dir, or makes it. A CA that cannot be used, whose constraints do not cover the domains, or that is
+// about to expire, is replaced once its successor is made; the old files are kept beside it with the suffix .old.
 func openDevCA(dir string, domains []string) (*devCA, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make directory for the development CA: %w", err)
 	}
 	certFile, keyFile := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "ca-key.pem")
 	ca, err := readDevCA(certFile, keyFile)
-	switch {
-	case err == nil && ca.covers(domains) && time.Until(ca.cert.NotAfter) > 2*devLeafLifetime:
+	if err == nil && ca.covers(domains) && time.Until(ca.cert.NotAfter) > 2*devLeafLifetime {
 		return ca, nil
-	case err == nil:
-		if err := errors.Join(os.Rename(certFile, certFile+".old"), os.Rename(keyFile, keyFile+".old")); err != nil {
-			return nil, fmt.Errorf("set aside the old development CA: %w", err)
-		}
-	case !errors.Is(err, fs.ErrNotExist):
+	}
+	certDER, keyDER, err := makeDevCA(domains)
+	if err != nil {
 		return nil, err
 	}
-	return makeDevCA(certFile, keyFile, domains)
+	for _, file := range []string{certFile, keyFile} {
+		if err := os.Rename(file, file+".old"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("set aside the old development CA: %w", err)
+		}
+	}
+	// The key first: a certificate without its key would look like a CA and could sign nothing.
+	if err := writePEM(keyFile, "PRIVATE KEY", keyDER, 0o600); err != nil {
+		return nil, err
+	}
+	if err := writePEM(certFile, "CERTIFICATE", certDER, 0o644); err != nil {
+		return nil, err
+	}
+	return readDevCA(certFile, keyFile)
 }
 
 func readDevCA(certFile, keyFile string) (*devCA, error) {
@@ -87,7 +96,7 @@ func readDevCA(certFile, keyFile string) (*devCA, error) {
 	}
 	key, ok := parsed.(*ecdsa.PrivateKey)
 	if !ok || !key.PublicKey.Equal(cert.PublicKey) {
-		return nil, fmt.Errorf("development CA key %s does not belong to %s: remove both to have new ones made", keyFile, certFile)
+		return nil, fmt.Errorf("development CA key %s does not belong to %s", keyFile, certFile)
 	}
 	return &devCA{certFile: certFile, cert: cert, key: key}, nil
 }
@@ -99,15 +108,16 @@ func readPEM(file, kind string) ([]byte, error) {
 	}
 	block, _ := pem.Decode(data)
 	if block == nil || block.Type != kind {
-		return nil, fmt.Errorf("%s holds no PEM block %q: remove it to have a new one made", file, kind)
+		return nil, fmt.Errorf("%s holds no PEM block %q", file, kind)
 	}
 	return block.Bytes, nil
 }
 
-func makeDevCA(certFile, keyFile string, domains []string) (*devCA, error) {
+// makeDevCA returns a certificate that can be read again, and its key in PKCS #8.
+func makeDevCA(domains []string) (certDER, keyDER []byte, err error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, fmt.Errorf("generate development CA key: %w", err)
+		return nil, nil, fmt.Errorf("generate development CA key: %w", err)
 	}
 	host, _ := os.Hostname() // only part of a display name
 	now := time.Now()
@@ -126,22 +136,17 @@ func makeDevCA(certFile, keyFile string, domains []string) (*devCA, error) {
 			{IP: net.IPv6loopback, Mask: net.CIDRMask(128, 128)},
 		},
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	certDER, err = x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
-		return nil, fmt.Errorf("sign development CA: %w", err)
+		return nil, nil, fmt.Errorf("sign development CA: %w", err)
 	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return nil, fmt.Errorf("encode development CA key: %w", err)
+	if _, err := x509.ParseCertificate(certDER); err != nil { // names are judged here, not where they are written
+		return nil, nil, fmt.Errorf("development CA for %q: %w", domains, err)
 	}
-	// The key first: a certificate without its key would look like a CA and could sign nothing.
-	if err := writePEM(keyFile, "PRIVATE KEY", keyDER, 0o600); err != nil {
-		return nil, err
+	if keyDER, err = x509.MarshalPKCS8PrivateKey(key); err != nil {
+		return nil, nil, fmt.Errorf("encode development CA key: %w", err)
 	}
-	if err := writePEM(certFile, "CERTIFICATE", der, 0o644); err != nil {
-		return nil, err
-	}
-	return readDevCA(certFile, keyFile)
+	return certDER, keyDER, nil
 }
 
 // writePEM replaces the file in one step, so that a crash leaves the old one or the new one.

@@ -116,13 +116,10 @@ func (a *answerHead) appendAnswer(dst []byte, rw *answerRewrite) []byte {
 				continue
 			}
 		case fieldSetCookie:
-			if from, to, ok := cookieDomain(l.value); ok && len(rw.mask) > 0 &&
-				sameFold(hostOnly(l.value[from:to]), hostOnly(rw.mask)) {
+			if len(rw.mask) > 0 {
 				dst = append(dst, l.name...)
 				dst = append(dst, ':', ' ')
-				dst = append(dst, l.value[:from]...)
-				dst = append(dst, hostOnly(rw.host)...)
-				dst = append(dst, l.value[to:]...)
+				dst = appendCookie(dst, l.value, hostOnly(rw.mask), hostOnly(rw.host))
 				dst = append(dst, '\r', '\n')
 				continue
 			}
@@ -145,30 +142,30 @@ func (a *answerHead) appendAnswer(dst []byte, rw *answerRewrite) []byte {
 	return append(dst, '\r', '\n')
 }
 
-// cookieDomain finds the value of the Domain attribute, without the dot that may begin it.
-func cookieDomain(cookie []byte) (from, to int, ok bool) {
-	for i := 0; i < len(cookie); i++ {
-		if cookie[i] != ';' {
-			continue
+// appendCookie writes a cookie with host in each Domain attribute that says mask. A browser takes the last of them, with or
+// without a dot before it and white space around it (RFC 6265, 5.2).
+func appendCookie(dst, cookie, mask, host []byte) []byte {
+	for first := true; ; first = false {
+		attribute, end := cookie, bytes.IndexByte(cookie, ';')
+		if end >= 0 {
+			attribute = cookie[:end]
 		}
-		from = i + 1
-		for from < len(cookie) && (cookie[from] == ' ' || cookie[from] == '\t') {
-			from++
+		equals := bytes.IndexByte(attribute, '=')
+		domain := bytes.TrimPrefix(trimSpace(attribute[equals+1:]), []byte{'.'})
+		if !first && equals >= 0 && equalFold(trimSpace(attribute[:equals]), "domain") && sameFold(hostOnly(domain), mask) {
+			from := equals + 1 + bytes.Index(attribute[equals+1:], domain)
+			dst = append(dst, attribute[:from]...)
+			dst = append(dst, host...)
+			dst = append(dst, attribute[from+len(domain):]...)
+		} else {
+			dst = append(dst, attribute...)
 		}
-		if !hasPrefixFold(cookie[from:], "domain=") {
-			continue
+		if end < 0 {
+			return dst
 		}
-		from += len("domain=")
-		to = from
-		for to < len(cookie) && cookie[to] != ';' {
-			to++
-		}
-		if from < to && cookie[from] == '.' {
-			from++
-		}
-		return from, to, from < to
+		dst = append(dst, ';')
+		cookie = cookie[end+1:]
 	}
-	return 0, 0, false
 }
 
 // hostOnly cuts the port from an authority.

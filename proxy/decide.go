@@ -62,7 +62,7 @@ var controlPaths = [...]string{"init", "freeze", "unfreeze", "collapse", "fsfree
 // dot segments and repeated slashes, percent-encoded once or twice.
 func isControlPath(target []byte) bool {
 	path := target
-	if i := bytes.IndexAny(path, "?#"); i >= 0 {
+	if i := bytes.IndexByte(path, '?'); i >= 0 { // not at '#': to a server it is part of the path
 		path = path[:i]
 	}
 	if cleansToControl(path) {

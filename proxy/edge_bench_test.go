@@ -161,3 +161,39 @@ func BenchmarkLongBody(b *testing.B) {
 		})
 	}
 }
+
+// A long upload through both halves of the link.
+func BenchmarkLongUpload(b *testing.B) {
+	const size, piece = 64 << 20, 1 << 20
+	const answer = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+	be := scripted(b, func(be *backend, c *rawConn, _ int) {
+		_ = c.SetDeadline(time.Time{})
+		buf := make([]byte, 256<<10)
+		for be.head(c) != "" {
+			if _, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, io.LimitReader(c.br, size), buf); err != nil {
+				return
+			}
+			c.write(answer)
+		}
+	})
+	e := startEdge(b, startNode(b, be.addr))
+	for name, addr := range map[string]string{"direct": be.addr, "edge and node": e.addr} {
+		b.Run(name, func(b *testing.B) {
+			nc := mustDial(b, addr)
+			defer nc.Close()
+			data, got := make([]byte, piece), make([]byte, len(answer))
+			b.SetBytes(size)
+			for b.Loop() {
+				_, _ = io.WriteString(nc, "POST / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nContent-Length: 67108864\r\n\r\n")
+				for range size / piece {
+					if _, err := nc.Write(data); err != nil {
+						b.Fatal(err)
+					}
+				}
+				if _, err := io.ReadFull(nc, got); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

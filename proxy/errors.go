@@ -53,7 +53,7 @@ func appendRefusal(dst []byte, f *fault, s *subject) []byte {
 	if f.text != "" {
 		message = f.text
 	}
-	if f.reason == ReasonSandboxCap {
+	if r.limit {
 		message = fmt.Sprintf(message, s.limit)
 	}
 	contentType, body := "text/plain; charset=utf-8", []byte(message)
@@ -68,7 +68,7 @@ func appendRefusal(dst []byte, f *fault, s *subject) []byte {
 		if r.port {
 			e.Port = s.port
 		}
-		if f.reason == ReasonSandboxCap {
+		if r.limit {
 			e.ConnectionLimit = s.limit
 		}
 		if s.html && r.title != "" {

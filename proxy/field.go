@@ -17,7 +17,8 @@ const (
 	fieldUpgrade
 
 	// What only the edge may say to a sandbox, or what the sandbox must not see.
-	fieldForwarded // Forwarded, X-Forwarded-*, X-Real-Ip; and Sluice-*, in which our own parts speak to each other
+	fieldForwarded // who came, by whom and how; Proxy, which is HTTP_PROXY to CGI; Sluice-*, in which our own parts speak to each other
+	fieldAlias     // another spelling of a name that means something: see fieldOf
 	fieldSandboxID
 	fieldSandboxPort
 	fieldTrafficToken
@@ -40,7 +41,31 @@ const (
 )
 
 // fieldOf names a header. It compares without regard to case and allocates nothing.
+//
+// CGI, WSGI and PHP hand names to applications with '_' in the place of '-', and some of every other sign: there
+// X_Forwarded_For is X-Forwarded-For. What would become a name that means something to us is an alias, and not that name.
 func fieldOf(name []byte) field {
+	if allIn(name, &plainTable) {
+		return plainField(name)
+	}
+	var folded [32]byte // longer than any name; a prefix may be the beginning of more
+	n := copy(folded[:], name)
+	for i, ch := range folded[:n] {
+		if !plainTable[ch] {
+			folded[i] = '-'
+		}
+	}
+	if plainField(folded[:n]) != fieldOther {
+		return fieldAlias
+	}
+	return fieldOther
+}
+
+// plainField names a header of letters, digits and '-'.
+//
+// Of the headers that name a client's address it knows those that common frameworks believe by default. Each proxy invents
+// one; X-Forwarded-For is the one that a sandbox can rely on.
+func plainField(name []byte) field {
 	switch len(name) {
 	case 2:
 		if equalFold(name, "te") {
@@ -49,6 +74,10 @@ func fieldOf(name []byte) field {
 	case 4:
 		if equalFold(name, "host") {
 			return fieldHost
+		}
+	case 5:
+		if equalFold(name, "proxy") {
+			return fieldForwarded
 		}
 	case 6:
 		switch {
@@ -86,8 +115,19 @@ func fieldOf(name []byte) field {
 		case equalFold(name, "set-cookie"):
 			return fieldSetCookie
 		}
+	case 11:
+		switch {
+		case equalFold(name, "x-forwarded"), equalFold(name, "x-client-ip"):
+			return fieldForwarded
+		}
+	case 13:
+		if equalFold(name, "forwarded-for") {
+			return fieldForwarded
+		}
 	case 14:
 		switch {
+		case equalFold(name, "true-client-ip"):
+			return fieldForwarded
 		case equalFold(name, "content-length"):
 			return fieldContentLength
 		case equalFold(name, "sec-fetch-mode"):
@@ -101,6 +141,8 @@ func fieldOf(name []byte) field {
 		}
 	case 16:
 		switch {
+		case equalFold(name, "cf-connecting-ip"), equalFold(name, "fastly-client-ip"):
+			return fieldForwarded
 		case equalFold(name, "e2b-sandbox-port"):
 			return fieldSandboxPort
 		case equalFold(name, "x-requested-with"):
@@ -109,6 +151,10 @@ func fieldOf(name []byte) field {
 	case 17:
 		if equalFold(name, "transfer-encoding") {
 			return fieldTransferEncoding
+		}
+	case 19:
+		if equalFold(name, "x-cluster-client-ip") {
+			return fieldForwarded
 		}
 	case 24:
 		if equalFold(name, "e2b-traffic-access-token") {
@@ -188,10 +234,12 @@ func trimSpace(b []byte) []byte {
 }
 
 // The bytes that RFC 9110 allows: in a token (5.6.2), in a field value (5.5), in a request target. A target may carry bytes
-// above 0x7f, which no RFC allows and which curl and others send: they are forwarded byte for byte like the rest of it.
+// above 0x7f, which no RFC allows and which curl and others send: they are forwarded byte for byte like the rest of it. It has no
+// fragment (RFC 9112, 3.2): a '#' is where one server's path ends and another's goes on.
 var (
 	lowerTable  [256]byte
 	tokenTable  [256]bool
+	plainTable  [256]bool // of names that every server reads in the same way
 	valueTable  [256]bool
 	targetTable [256]bool
 	hostTable   [256]bool // of names, IPv4 and IPv6 literals and ports; no user, no list, no escapes
@@ -205,12 +253,11 @@ func init() {
 			lowerTable[i] = ch + 'a' - 'A'
 		}
 		valueTable[i] = ch == '\t' || ch >= ' ' && ch != 0x7f
-		targetTable[i] = ch > ' ' && ch != 0x7f
+		targetTable[i] = ch > ' ' && ch != 0x7f && ch != '#'
 		tokenTable[i] = ch >= '0' && ch <= '9' || ch >= 'a' && ch <= 'z' || ch >= 'A' && ch <= 'Z'
 	}
-	for i := range hostTable {
-		hostTable[i] = tokenTable[i]
-	}
+	hostTable, plainTable = tokenTable, tokenTable
+	plainTable['-'] = true
 	for _, ch := range []byte(".-_:[]") {
 		hostTable[ch] = true
 	}

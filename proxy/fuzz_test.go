@@ -168,7 +168,7 @@ func FuzzChunks(f *testing.F) {
 
 // No spelling that path.Clean and percent-decoding turn into a control path passes.
 func FuzzControlPath(f *testing.F) {
-	for _, s := range []string{"/init", "//init/", "/a/../init?x", "/%69nit", "/%2e%2e/freeze", "/a%2f..%2finit", "/initx", "/%2569nit"} {
+	for _, s := range []string{"/init", "//init/", "/a/../init?x", "/%69nit", "/%2e%2e/freeze", "/a%2f..%2finit", "/initx", "/x#/../init", "/%2569nit"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, target string) {

@@ -206,8 +206,12 @@ func (h *Handler) fail(c *clientConn, x *exchange, err error) (keep bool) {
 	}
 	keep = c.head.persistent() && !c.srv.draining.Load() && f.reason != ReasonPanic && x.skipBody()
 	x.status = refusals[f.reason].status
+	limit := h.limits.ConnsPerSandbox
+	if f.reason == ReasonBodyCap {
+		limit = h.limits.BodiesPerSandbox
+	}
 	answer := appendRefusal(x.out[:0], f, &subject{
-		sandbox: x.target.Sandbox, port: x.port, path: string(pathOnly(c.head.target)), limit: h.limits.ConnsPerSandbox,
+		sandbox: x.target.Sandbox, port: x.port, path: string(pathOnly(c.head.target)), limit: limit,
 		html: c.head.wantsPage(), head: string(c.head.method) == "HEAD", close: !keep, keep: c.head.http10,
 	})
 	if c.send(answer) != nil {
@@ -251,7 +255,7 @@ func (h *Handler) logRequest(c *clientConn, x *exchange) {
 
 func pathOnly(target []byte) []byte {
 	for i, ch := range target {
-		if ch == '?' || ch == '#' {
+		if ch == '?' {
 			return target[:i]
 		}
 	}

@@ -37,6 +37,15 @@ func TestRequestHeadOnTheWire(t *testing.T) {
 			"GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nAuthorization: stays\r\n",
 		},
 		{
+			"a stranger's claims go in other spellings, and under other proxies' names", "3000-isv.sluice.test",
+			"GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nX_Forwarded_For: 6.6.6.6\r\nX-Forwarded_For: 6.6.6.6\r\nx.forwarded.proto: https\r\n" +
+				"X_Real_IP: 6.6.6.6\r\nE2B_Traffic_Access_Token: x\r\nX_Access_Token: x\r\nContent_Length: 9\r\nSluice_Client: x\r\n" +
+				"X_Forwarded_" + strings.Repeat("x", 40) + ": 6\r\nProxy: http://evil\r\nTrue-Client-IP: 6.6.6.6\r\nX-Client-IP: 6.6.6.6\r\n" +
+				"CF-Connecting-IP: 6.6.6.6\r\nFastly-Client-IP: 6.6.6.6\r\nX-Cluster-Client-IP: 6.6.6.6\r\nX-Forwarded: 6.6.6.6\r\n" +
+				"Forwarded-For: 6.6.6.6\r\nlang_version: 3.12\r\nsdk_runtime: x\r\nX_Forward: stays\r\nProxied: stays\r\n",
+			"GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nlang_version: 3.12\r\nsdk_runtime: x\r\nX_Forward: stays\r\nProxied: stays\r\n",
+		},
+		{
 			"a mask changes Host, Origin and Referer", "3000-masked.sluice.test:8080",
 			"GET / HTTP/1.1\r\nHost: 3000-masked.sluice.test:8080\r\nOrigin: http://3000-MASKED.sluice.test:8080\r\n" +
 				"Referer: http://3000-masked.sluice.test:8080/a?b\r\n",

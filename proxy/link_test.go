@@ -9,6 +9,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/sluice-edge/sluice/link"
 	"github.com/sluice-edge/sluice/routing"
@@ -28,6 +29,84 @@ func (p *backendPorts) Open(ctx context.Context, _ string, _ uint64, port uint16
 		return nil, &link.VerdictError{Verdict: link.PortClosed}
 	}
 	return new(net.Dialer).DialContext(ctx, "tcp", addr)
+}
+
+// startNode puts a node's half of the link, over the network, in front of who listens on port 3000 of the sandbox isv, and
+// returns what changes an edge such that it goes there.
+func startNode(t testing.TB, addr string) func(*Options) {
+	t.Helper()
+	key := []byte("0123456789abcdef0123456789abcdef")
+	node := link.NewServer(&backendPorts{ports: map[uint16]string{3000: addr}}, link.ServerOptions{Key: key})
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var jobs sync.WaitGroup
+	jobs.Go(func() { _ = node.Serve(ctx, ln) })
+	t.Cleanup(func() {
+		cancel()
+		jobs.Wait()
+	})
+	return func(o *Options) {
+		o.Routes = fixedRoutes{target: &routing.Target{
+			Route: &routing.Route{Sandbox: "isv", Generation: 7, State: routing.Running},
+			Node:  &routing.Node{ID: "n", LinkAddr: ln.Addr().String()},
+		}}
+		o.Link = link.NewPool((&link.Dialer{Key: key}).Dial, link.PoolOptions{})
+	}
+}
+
+// stuff writes until nobody takes more for a while, and returns how much was taken.
+func stuff(c net.Conn) (taken int) {
+	piece := make([]byte, 64<<10)
+	for {
+		_ = c.SetWriteDeadline(time.Now().Add(time.Second))
+		n, err := c.Write(piece)
+		taken += n
+		if err != nil {
+			return taken
+		}
+	}
+}
+
+// When a sandbox stops reading an upload, or a client an answer, the sockets in between must not fill the host's memory. Each
+// reader takes enough first for a kernel left to itself to make much room: 34 MiB of an upload, where it holds 3 now.
+func TestStalledBodiesHoldLittleOfTheKernel(t *testing.T) {
+	if !canWatch {
+		t.Skip("the bounds are set where there is a Linux kernel")
+	}
+	const first, most = 32 << 20, 8 << 20
+	small := func(c net.Conn) { // what the two ends hold themselves is not counted
+		_ = c.(*net.TCPConn).SetReadBuffer(32 << 10)
+		_ = c.(*net.TCPConn).SetWriteBuffer(32 << 10)
+	}
+	written, ended := make(chan int, 1), make(chan struct{})
+	b := scripted(t, func(b *backend, c *rawConn, _ int) {
+		small(c.Conn)
+		if strings.HasPrefix(b.head(c), "GET") {
+			c.write("HTTP/1.1 200 OK\r\nContent-Length: 1073741824\r\n\r\n")
+			written <- stuff(c.Conn)
+			return
+		}
+		_, _ = io.CopyN(io.Discard, c.br, first)
+		<-ended
+	})
+	defer close(ended)
+	e := startEdge(t, startNode(t, b.addr))
+	c := e.connect(t)
+	small(c.Conn)
+	c.write("POST / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nContent-Length: 1073741824\r\n\r\n")
+	up := stuff(c.Conn) - first
+	c = e.connect(t)
+	small(c.Conn)
+	c.write(getRequest)
+	_, _ = io.CopyN(io.Discard, c.br, first)
+	down := <-written - first
+	t.Logf("%d KiB of an upload are held, %d KiB of an answer", up>>10, down>>10)
+	if up > most || down > most {
+		t.Errorf("%d bytes of an upload are held and %d of an answer, want at most %d", up, down, most)
+	}
 }
 
 // The same over the real link, between processes and within one: verdicts, pooling, splicing, and the end of a lifecycle.

@@ -453,7 +453,9 @@ func TestBodiesToOurOwnServersShareAConnection(t *testing.T) {
 	t.Cleanup(own.Close)
 	addr := own.Listener.Addr().String()
 	e := startEdge(t, func(o *Options) {
-		o.API = func(ctx context.Context, _ string) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", addr) }
+		o.API = func(ctx context.Context, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", addr)
+		}
 	})
 	e.sandbox(t, routing.Route{Sandbox: "isv"}, map[uint16]string{envdPort: addr})
 	c := e.connect(t)
@@ -908,6 +910,52 @@ func TestSandboxConnectionLimit(t *testing.T) {
 	first.response("GET")
 }
 
+// Uploads have a limit of their own, which ends with the body: the answer may take as long as it likes.
+func TestSandboxBodyLimit(t *testing.T) {
+	release := make(chan struct{})
+	b := scripted(t, func(b *backend, c *rawConn, _ int) {
+		if strings.HasPrefix(b.head(c), "POST") {
+			_, _ = c.br.Discard(5000)
+			<-release
+		}
+		c.write("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+	})
+	e := edgeWith(t, b, func(o *Options) { o.Limits.BodiesPerSandbox = 1 })
+	const head = "POST / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nContent-Length: 5000\r\n\r\n"
+	first := e.connect(t)
+	first.write(head)
+	await(t, "the first upload", func() bool { return b.heads.Load() == 1 })
+	second := e.connect(t)
+	second.write(strings.Replace(head, "\r\n\r\n", "\r\nExpect: 100-continue\r\n\r\n", 1))
+	resp, body := second.response("POST")
+	want := `{"sandboxId":"isv","message":"The sandbox has too many concurrent uploads (limit: 1)","code":429,"connectionLimit":1}`
+	if resp.StatusCode != 429 || body != want || resp.Header.Get("Retry-After") == "" {
+		t.Errorf("got %d %s", resp.StatusCode, body)
+	}
+	third := e.connect(t)
+	third.write(getRequest)
+	if resp, _ := third.response("GET"); resp.StatusCode != 200 {
+		t.Errorf("a request without a body: %d", resp.StatusCode)
+	}
+	first.write(strings.Repeat("x", 5000))
+	await(t, "room", func() bool {
+		of := life{"isv", 1}
+		if !e.handler.bodies.acquire(of) {
+			return false
+		}
+		e.handler.bodies.release(of)
+		return true
+	})
+	fourth := e.connect(t)
+	fourth.write(head + strings.Repeat("x", 5000))
+	close(release)
+	for _, c := range []*rawConn{first, fourth} {
+		if resp, body := c.response("POST"); resp.StatusCode != 200 {
+			t.Errorf("an upload within the limit: %d %s", resp.StatusCode, body)
+		}
+	}
+}
+
 func TestMaskedAnswersNameThePublicHost(t *testing.T) {
 	answer := "HTTP/1.1 302 Found\r\nLocation: %s\r\nSet-Cookie: a=b; Domain=%s; Path=/\r\nAccess-Control-Allow-Origin: %s\r\nContent-Length: 0\r\n\r\n"
 	tests := []struct{ location, domain, origin, wantLocation, wantDomain, wantOrigin string }{
@@ -915,6 +963,8 @@ func TestMaskedAnswersNameThePublicHost(t *testing.T) {
 		{"//localhost:3000/a", ".LOCALHOST", "*", "//3000-isv.sluice.test/a", ".3000-isv.sluice.test", "*"},
 		{"/relative", "example.com", "null", "/relative", "example.com", "null"},
 		{"https://localhost:3000", "localhost.example", "http://localhost:3001", "http://3000-isv.sluice.test", "localhost.example", "http://localhost:3001"},
+		{"ftp://localhost:3000/a", "localhost; domain = .localhost:1 ;x", "ws://localhost:3000", "ftp://localhost:3000/a", "3000-isv.sluice.test; domain = .3000-isv.sluice.test ;x", "ws://localhost:3000"},
+		{"HTTPS://localhost:3000/a", "x; Domain=", "a//localhost:3000", "http://3000-isv.sluice.test/a", "x; Domain=", "a//localhost:3000"},
 		{"http://localhost:30000/", "x", "http://localhost", "http://localhost:30000/", "x", "http://localhost"},
 	}
 	for _, tt := range tests {

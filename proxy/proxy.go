@@ -101,6 +101,10 @@ type Limits struct {
 
 	// ConnsPerSandbox bounds requests under way to one sandbox lifecycle; 4096. Negative: no bound.
 	ConnsPerSandbox int
+
+	// BodiesPerSandbox bounds the requests to one sandbox lifecycle whose bodies are still arriving; 256. Each may hold some
+	// 3 MiB of the kernel's on its way when the sandbox does not read, which an answer's wait does not. Negative: no bound.
+	BodiesPerSandbox int
 }
 
 func (l *Limits) setDefaults() {
@@ -117,6 +121,7 @@ func (l *Limits) setDefaults() {
 	setDefault(&l.Conns, 65536)
 	setDefault(&l.ConnsPerClient, 1024)
 	setDefault(&l.ConnsPerSandbox, 4096)
+	setDefault(&l.BodiesPerSandbox, 256)
 	l.HeadBytes = max(l.HeadBytes, len(bufPage{})) // a smaller one would be no bound: a page is read at once
 }
 
@@ -140,7 +145,8 @@ type Handler struct {
 	log     *zap.Logger
 	stats   *stats
 
-	load load
+	load   load // requests under way
+	bodies load // of these, those whose body is still arriving
 }
 
 // New returns a handler. It starts nothing: see Serve.
@@ -169,5 +175,6 @@ func New(opts Options) (*Handler, error) {
 	}
 	h.log = h.log.Named("proxy")
 	h.load.init(opts.Limits.ConnsPerSandbox)
+	h.bodies.init(opts.Limits.BodiesPerSandbox)
 	return h, nil
 }

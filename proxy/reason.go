@@ -28,6 +28,7 @@ const (
 	ReasonTokenInvalid
 	ReasonPaused
 	ReasonSandboxCap
+	ReasonBodyCap
 
 	// The way to the sandbox.
 	ReasonPortClosed
@@ -66,6 +67,7 @@ type refusal struct {
 	message    string
 	title      string // of the page; empty: JSON for everybody
 	retryAfter string // seconds
+	limit      bool   // the body names the limit, and so does the message
 	port       bool   // the body names the port
 	anonymous  bool   // the body does not name the sandbox
 }
@@ -98,8 +100,10 @@ var refusals = [reasonCount]refusal{
 		message: "Sandbox is secured with traffic access token. Provided token in header 'e2b-traffic-access-token' is invalid"},
 	ReasonPaused: {label: "paused", status: 502, format: formatBody,
 		message: "The sandbox was not found", title: "Sandbox Not Found"},
-	ReasonSandboxCap: {label: "sandbox_cap", status: 429, format: formatBody, retryAfter: "1",
+	ReasonSandboxCap: {label: "sandbox_cap", status: 429, format: formatBody, retryAfter: "1", limit: true,
 		message: "The sandbox has too many concurrent incoming connections (limit: %d)"},
+	ReasonBodyCap: {label: "body_cap", status: 429, format: formatBody, retryAfter: "1", limit: true,
+		message: "The sandbox has too many concurrent uploads (limit: %d)"},
 
 	ReasonPortClosed: {label: "port_closed", status: 502, format: formatBody, port: true,
 		message: "The sandbox is running but port is not open", title: "Closed Port Error"},

@@ -92,7 +92,7 @@ func (h *requestHead) checkTarget() error {
 	default:
 		return malformed("invalid request target")
 	}
-	end := bytes.IndexAny(rest, "/?#")
+	end := bytes.IndexAny(rest, "/?")
 	if end < 0 {
 		end = len(rest)
 	}
@@ -156,8 +156,8 @@ type rewrite struct {
 
 // appendRequest writes the head that goes to the sandbox. Lines keep their order, their bytes and the case of their names.
 //
-// X-Forwarded-For, -Host and -Proto are always set, and what a stranger said in them, in Forwarded and in X-Real-Ip goes:
-// a sandbox can believe what it reads there.
+// X-Forwarded-For, -Host and -Proto are always set, and what a stranger said in them or in any spelling of them, in Forwarded,
+// X-Real-Ip and the like goes: a sandbox can believe what it reads there.
 func (h *requestHead) appendRequest(dst []byte, rw *rewrite) []byte {
 	dst = append(dst, h.method...)
 	dst = append(dst, ' ')
@@ -175,7 +175,7 @@ func (h *requestHead) appendRequest(dst []byte, rw *rewrite) []byte {
 			if h.isListed(l) {
 				continue
 			}
-		case fieldConnection, fieldHopByHop, fieldUpgrade, fieldExpect, fieldForwarded:
+		case fieldConnection, fieldHopByHop, fieldUpgrade, fieldExpect, fieldForwarded, fieldAlias:
 			continue
 		case fieldSandboxID, fieldSandboxPort, fieldTrafficToken:
 			if !rw.trusted {
@@ -257,13 +257,17 @@ func appendMask(dst []byte, mask string, port uint16) []byte {
 	return dst
 }
 
-// authorityOf finds host and port in an absolute or scheme-relative URL: url[from:to].
+// authorityOf finds host and port in an http, https or scheme-relative URL: url[from:to]. The Host of another scheme is not
+// what a mask is about.
 func authorityOf(url []byte) (from, to int, ok bool) {
-	from = bytes.Index(url, []byte("//"))
-	if from < 0 || from > 0 && (url[from-1] != ':' || !allIn(url[:from-1], &tokenTable)) {
+	for _, start := range [...]string{"//", "http://", "https://"} {
+		if hasPrefixFold(url, start) {
+			from = len(start)
+		}
+	}
+	if from == 0 {
 		return 0, 0, false
 	}
-	from += 2
 	to = len(url)
 	if i := bytes.IndexAny(url[from:], "/?#"); i >= 0 {
 		to = from + i

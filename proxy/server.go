@@ -210,7 +210,7 @@ func (l *listener) Accept() (net.Conn, error) {
 			continue
 		}
 		if c.raw != nil {
-			limitUnread(c, int(l.srv.h.limits.Unread.Milliseconds()))
+			limitSocket(c, int(l.srv.h.limits.Unread.Milliseconds()))
 		}
 		l.srv.watch.add(c)
 		return c, nil

@@ -52,7 +52,7 @@ func (s *stats) answered(status int) {
 	}
 }
 
-// load counts the requests under way per sandbox lifecycle.
+// load counts requests per sandbox lifecycle.
 type load struct {
 	limit  int // negative: none
 	shards [64]loadShard

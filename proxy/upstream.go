@@ -48,11 +48,12 @@ type exchange struct {
 
 	// The request's body. Its goroutine owns chunks and extra while it runs.
 	chunks    chunkScanner
-	buffered  int   // bytes of it that had arrived with the head
-	rest      int64 // with framingLength: bytes that had not
-	whole     bool  // all of it had
-	continued bool  // it has been asked for with a 100
-	sending   bool  // the goroutine runs or has not been waited for
+	buffered  int    // bytes of it that had arrived with the head
+	rest      int64  // with framingLength: bytes that had not
+	whole     bool   // all of it had
+	bodyOver  func() // gives its place among the bodies back; nil: it has none, or its goroutine does
+	continued bool   // it has been asked for with a 100
+	sending   bool   // the goroutine runs or has not been waited for
 	sent      chan error
 	lastPart  atomic.Bool // its end has been read; what remains is to write it
 	stop      atomic.Bool // nobody wants the rest
@@ -102,6 +103,19 @@ func releaseExchange(x *exchange) {
 func (x *exchange) run() error {
 	if err := x.readBody(); err != nil {
 		return err
+	}
+	if !x.whole && !x.api {
+		of := life{x.target.Sandbox, x.target.Generation}
+		bodies := &x.c.srv.h.bodies
+		if !bodies.acquire(of) {
+			return &fault{reason: ReasonBodyCap}
+		}
+		x.bodyOver = func() { bodies.release(of) }
+		defer func() {
+			if x.bodyOver != nil {
+				x.bodyOver() // it never began
+			}
+		}()
 	}
 	x.out = x.c.head.appendRequest(x.out[:0], &x.rw)
 	x.out = append(x.out, x.c.buf[x.c.r:x.c.r+x.buffered]...)
@@ -155,7 +169,9 @@ func (x *exchange) try(up *link.Conn) (tryVerdict, error) {
 	repeatable := x.c.head.framing == framingNone && x.c.head.idempotent()
 	if !x.whole {
 		x.sending = true
-		go x.sendBody()
+		over := x.bodyOver
+		x.bodyOver = nil
+		go x.sendBody(over)
 	}
 	if err := x.readAnswer(); err != nil {
 		if up.Reused() && repeatable && x.w == 0 && !isFault(err) && !x.c.isGone() {
@@ -230,9 +246,12 @@ func (e errUpstreamWrite) Unwrap() error { return e.error }
 // sendBody is the goroutine that moves the rest of a request's body while the answer is being read: a sandbox may answer
 // before it has read everything. What goes wrong on the client's side ends the exchange; on the sandbox's side the
 // answer decides.
-func (x *exchange) sendBody() {
+func (x *exchange) sendBody(over func()) {
 	var err error
 	defer func() {
+		if over != nil {
+			over()
+		}
 		if p := recover(); p != nil {
 			err = &fault{reason: ReasonPanic, err: errors.New("BUG: panic while sending a body")}
 		}

@@ -116,14 +116,6 @@ func (w *watcher) close() {
 	_ = unix.Close(w.wake)
 }
 
-// limitUnread makes the kernel drop a connection whose peer has not taken our bytes for this long: a reader that stalls on
-// purpose, or a host that vanished. It costs nothing per write, as a deadline would.
-func limitUnread(c *clientConn, millis int) {
-	_ = c.raw.Control(func(fd uintptr) {
-		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, millis)
-	})
-}
-
 // tryRead reads without waiting and reports whether there is anything to say: bytes, the end, or an error. The buffer is
 // taken only then, so that an idle connection holds none.
 func (c *clientConn) tryRead(fd uintptr) bool {

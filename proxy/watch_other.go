@@ -53,7 +53,5 @@ func (w *watcher) Run(ctx context.Context) error {
 	return nil
 }
 
-func limitUnread(*clientConn, int) {}
-
 // tryRead is never called where raw is nil, and it always is here: see newClientConn.
 func (c *clientConn) tryRead(uintptr) bool { panic("BUG: tryRead without epoll") }

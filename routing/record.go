@@ -1,10 +1,12 @@
 package routing
 
 import (
+	"bytes"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
@@ -53,7 +55,8 @@ func (r *Route) ended(now time.Time) bool {
 	return r.State != Paused && !r.EndAt.IsZero() && !now.Before(r.EndAt)
 }
 
-// routeJSON is the stored form. "v" and "gen" come first: the scripts read the generation from there.
+// routeJSON is the stored form. "v" and "gen" come first: the scripts read the generation from there. Whether a token is wanted is said
+// either way: a record that lost its token must not open the sandbox. Names are lower-case ASCII, see checkKeys.
 type routeJSON struct {
 	Version    int                     `json:"v"`
 	Generation uint64                  `json:"gen"`
@@ -63,6 +66,7 @@ type routeJSON struct {
 	State      State                   `json:"state,omitempty"`
 	EndAtMilli int64                   `json:"end,omitempty"`
 	TokenHash  string                  `json:"token,omitempty"`
+	Public     bool                    `json:"public,omitempty"`
 	Mask       string                  `json:"mask,omitempty"`
 	Ports      map[uint16]PortSettings `json:"ports,omitempty"`
 	AutoResume bool                    `json:"resume,omitempty"`
@@ -78,7 +82,7 @@ func (r Route) MarshalJSON() ([]byte, error) {
 	}
 	j := routeJSON{
 		Version: RouteVersion, Generation: r.Generation, Sandbox: r.Sandbox, Node: r.Node, State: r.State,
-		Mask: r.Mask, Ports: r.Ports, AutoResume: r.AutoResume,
+		Public: r.Public(), Mask: r.Mask, Ports: r.Ports, AutoResume: r.AutoResume,
 	}
 	if !r.EndAt.IsZero() {
 		j.EndAtMilli = r.EndAt.UnixMilli()
@@ -92,7 +96,7 @@ func (r Route) MarshalJSON() ([]byte, error) {
 // UnmarshalJSON reads the stored form. An unknown schema version is refused: a guess about who may pass is worse than none.
 func (r *Route) UnmarshalJSON(data []byte) error {
 	var j routeJSON
-	if err := json.Unmarshal(data, &j); err != nil {
+	if err := unmarshalStrict(data, &j); err != nil {
 		return err
 	}
 	if j.Version != RouteVersion {
@@ -107,6 +111,9 @@ func (r *Route) UnmarshalJSON(data []byte) error {
 	}
 	if j.EndAtMilli != 0 {
 		read.EndAt = time.UnixMilli(j.EndAtMilli).UTC()
+	}
+	if j.Public == (j.TokenHash != "") {
+		return errors.New("want either a token hash or public")
 	}
 	if j.TokenHash != "" {
 		sum, err := hex.DecodeString(j.TokenHash)
@@ -143,9 +150,64 @@ func (r *Route) validate() error {
 	case !r.EndAt.IsZero() && (r.EndAt.UnixMilli() <= 0 || r.EndAt.After(maxEndAt)):
 		return errs.New(errs.Invalid, "route of sandbox %q ends at %v", r.Sandbox, r.EndAt)
 	}
+	if !validMask(r.Mask) {
+		return errs.New(errs.Invalid, "route of sandbox %q with mask %q", r.Sandbox, r.Mask)
+	}
 	for port := range r.Ports {
 		if port == 0 {
 			return errs.New(errs.Invalid, "route of sandbox %q with settings for port 0", r.Sandbox)
+		}
+	}
+	return nil
+}
+
+// validMask keeps out what cannot stand in a Host header. Whether it is a name is for whoever took it from a client to judge.
+func validMask(mask string) bool {
+	mask = strings.ReplaceAll(mask, "${PORT}", "65535") // the longest it can become
+	if len(mask) > len(":65535")+253 {
+		return false
+	}
+	for _, c := range []byte(mask) {
+		if !isLower(c) && !isUpper(c) && !isDigit(c) && c != '.' && c != '-' && c != '_' && c != ':' {
+			return false
+		}
+	}
+	return true
+}
+
+// unmarshalStrict decodes an object in which no two names differ in case only, nor are the same: encoding/json takes either for one
+// field, and the last of them would win.
+func unmarshalStrict(data []byte, v any) error {
+	if err := checkKeys(data); err != nil {
+		return err
+	}
+	return json.Unmarshal(data, v)
+}
+
+func checkKeys(data []byte) error {
+	decoder := json.NewDecoder(bytes.NewReader(data))
+	if start, err := decoder.Token(); err != nil || start != json.Delim('{') {
+		return errors.New("not a JSON object")
+	}
+	seen := make(map[string]bool)
+	for decoder.More() {
+		token, err := decoder.Token()
+		if err != nil {
+			return err
+		}
+		name, _ := token.(string)
+		for _, c := range []byte(name) { // encoding/json also takes the long s for an s
+			if isUpper(c) || c >= 0x80 {
+				return fmt.Errorf("name %q is not in lower case", name)
+			}
+		}
+		if seen[name] {
+			return fmt.Errorf("name %q stands there twice", name)
+		}
+		seen[name] = true
+		var skipped json.RawMessage
+		if err := decoder.Decode(&skipped); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -184,7 +246,7 @@ func (n Node) MarshalJSON() ([]byte, error) {
 // UnmarshalJSON reads the stored form and refuses an unknown schema version.
 func (n *Node) UnmarshalJSON(data []byte) error {
 	var j nodeJSON
-	if err := json.Unmarshal(data, &j); err != nil {
+	if err := unmarshalStrict(data, &j); err != nil {
 		return err
 	}
 	if j.Version != NodeVersion {

@@ -31,7 +31,7 @@ func TestStoredForm(t *testing.T) {
 	}{
 		{full, `{"v":1,"gen":18446744073709551615,"id":"isb","node":"n1","state":"running","end":4102542245006,"token":"ab` + strings.Repeat("0", 60) +
 			`cd","mask":"localhost:${PORT}","ports":{"8443":{"https":true}},"resume":true}`},
-		{Route{Sandbox: "isb", Node: "n1", Generation: 1, State: Paused}, `{"v":1,"gen":1,"id":"isb","node":"n1","state":"paused"}`},
+		{Route{Sandbox: "isb", Node: "n1", Generation: 1, State: Paused}, `{"v":1,"gen":1,"id":"isb","node":"n1","state":"paused","public":true}`},
 		{Node{ID: "n1", LinkAddr: "a:1", APIAddr: "a:2", Sandboxes: 1, MaxSandboxes: 2, Machine: "vmm", Draining: true},
 			`{"v":1,"id":"n1","link":"a:1","api":"a:2","n":1,"max":2,"machine":"vmm","drain":true}`},
 	}
@@ -45,20 +45,37 @@ func TestStoredForm(t *testing.T) {
 
 func TestRecordsOfOtherSchemasAreRefused(t *testing.T) {
 	const good = `{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","token":"`
+	const public = `{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","public":true`
+	hash := strings.Repeat("ab", 32)
 	for _, bad := range []string{
 		`{}`, `null`, `[]`, `"x"`, ``, `{`,
-		`{"v":2,"gen":1,"id":"isb","node":"n1","state":"running"}`,
-		`{"v":0,"gen":1,"id":"isb","node":"n1","state":"running"}`,
-		`{"gen":1,"id":"isb","node":"n1","state":"running"}`,
-		`{"v":1,"gen":0,"id":"isb","node":"n1","state":"running"}`,
-		`{"v":1,"gen":-1,"id":"isb","node":"n1","state":"running"}`,
-		`{"v":1,"gen":18446744073709551616,"id":"isb","node":"n1","state":"running"}`,
-		`{"v":1,"gen":1,"id":"ISB","node":"n1","state":"running"}`,
-		`{"v":1,"gen":1,"id":"isb","node":"","state":"running"}`,
-		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"creating"}`,
-		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","end":-5}`,
-		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","ports":{"0":{}}}`,
-		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","ports":{"65536":{}}}`,
+		`{"v":2,"gen":1,"id":"isb","node":"n1","state":"running","public":true}`,
+		`{"v":0,"gen":1,"id":"isb","node":"n1","state":"running","public":true}`,
+		`{"gen":1,"id":"isb","node":"n1","state":"running","public":true}`,
+		`{"v":1,"gen":0,"id":"isb","node":"n1","state":"running","public":true}`,
+		`{"v":1,"gen":-1,"id":"isb","node":"n1","state":"running","public":true}`,
+		`{"v":1,"gen":18446744073709551616,"id":"isb","node":"n1","state":"running","public":true}`,
+		`{"v":1,"gen":1,"id":"ISB","node":"n1","state":"running","public":true}`,
+		`{"v":1,"gen":1,"id":"isb","node":"","state":"running","public":true}`,
+		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"creating","public":true}`,
+		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","end":-5,"public":true}`,
+		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","ports":{"0":{}},"public":true}`,
+		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","ports":{"65536":{}},"public":true}`,
+		// Damaged ones that read as public, or with somebody else's token.
+		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running"}`,
+		good + `"}`,
+		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","token":null}`,
+		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","public":null}`,
+		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","public":false}`,
+		`{"v":1,"gen":1,"id":"isb","node":"n1","state":"running","Public":true}`,
+		`{"v":1,"gen":1,"id":"isb","node":"n1","\u017ftate":"running","public":true}`,
+		good + hash + `","public":true}`,
+		good + hash + `","token":"","public":true}`,
+		good + hash + `","Token":"` + strings.Repeat("cd", 32) + `"}`,
+		good + hash + `","token":"` + strings.Repeat("cd", 32) + `"}`,
+		// Masks that are no Host.
+		public + `,"mask":"a\r\nX: y"}`, public + `,"mask":"a b"}`, public + `,"mask":"a/b"}`, public + `,"mask":"${PORT"}`, public + `,"mask":"ü"}`,
+		public + `,"mask":"` + strings.Repeat("a", 260) + `"}`,
 		good + `ab"}`, good + strings.Repeat("zz", 32) + `"}`, good + strings.Repeat("ab", 33) + `"}`,
 		good + strings.Repeat("00", 32) + `"}`, // would read as public
 	} {
@@ -70,7 +87,7 @@ func TestRecordsOfOtherSchemasAreRefused(t *testing.T) {
 			t.Errorf("%s was refused and yet changed the route", bad)
 		}
 	}
-	for _, bad := range []string{`{}`, `{"v":2,"id":"n1"}`, `{"v":1,"id":""}`, `{"v":1,"id":"a:b"}`, `{"v":1,"id":"` + strings.Repeat("n", 65) + `"}`} {
+	for _, bad := range []string{`{}`, `{"v":2,"id":"n1"}`, `{"v":1,"id":"n1","Link":"a:1"}`, `{"v":1,"id":"n1","link":"a:1","link":"a:2"}`, `{"v":1,"id":""}`, `{"v":1,"id":"a:b"}`, `{"v":1,"id":"` + strings.Repeat("n", 65) + `"}`} {
 		var n Node
 		if err := json.Unmarshal([]byte(bad), &n); err == nil {
 			t.Errorf("%s was read as %+v", bad, n)
@@ -104,7 +121,7 @@ var storedGeneration = regexp.MustCompile(`^{"v":\d+,"gen":(\d+)[,}]`)
 // FuzzRoute holds: what is read is written to what reads the same, and the scripts find the right generation in it.
 func FuzzRoute(f *testing.F) {
 	full := sample("isb", "n1", 1<<60)
-	full.TokenHash[5], full.Mask, full.Ports = 1, `","gen":9`, map[uint16]PortSettings{1: {}, 8443: {HTTPS: true}}
+	full.TokenHash[5], full.Mask, full.Ports = 1, "${PORT}.localhost:${PORT}", map[uint16]PortSettings{1: {}, 8443: {HTTPS: true}}
 	for _, r := range []Route{full, sample("isb", "n1", 1)} {
 		text, err := json.Marshal(r)
 		if err != nil {
@@ -113,7 +130,7 @@ func FuzzRoute(f *testing.F) {
 		f.Add(text)
 	}
 	f.Add([]byte(`{"v":1,"gen":1,"gone":true}`))
-	f.Add([]byte(`{"state":"paused","node":"n","id":"i","gen":3,"v":1,"ports":{},"end":9007199254740992}`))
+	f.Add([]byte(`{"state":"paused","node":"n","id":"i","gen":3,"v":1,"ports":{},"end":9007199254740992,"public":true}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var first, second Route
 		if json.Unmarshal(data, &first) != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
@@ -74,12 +75,12 @@ local old = redis.call('HGET', KEYS[1], ARGV[1])
 if old and string.match(old, '^(%d+) ') == ARGV[2] then return redis.call('HDEL', KEYS[1], ARGV[1]) end
 return 0`)
 
-// putNodeScript renews a lease; only what edges act on is published, not every sandbox more or less. KEYS: node. ARGV: JSON,
+// putNodeScript renews a lease, over whatever stands there; only what edges act on is published, not every sandbox more or less. KEYS: node. ARGV: JSON,
 // time to live in milliseconds, channel, message.
 var putNodeScript = redis.NewScript(`
-local old = redis.call('GET', KEYS[1])
+local old = redis.pcall('GET', KEYS[1])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-if old then
+if type(old) == 'string' then
   local ok, was = pcall(cjson.decode, old)
   local is = cjson.decode(ARGV[1])
   if ok and was.link == is.link and was.api == is.api and was.drain == is.drain then return 0 end
@@ -106,6 +107,9 @@ type RedisStore struct {
 	client redis.UniversalClient
 	log    *zap.Logger
 
+	mu      sync.Mutex      // guards the field below
+	damaged map[string]bool // ids of nodes whose lease could not be read
+
 	unreadable *metrics.Counter
 	drops      *metrics.Counter
 	silences   *metrics.Counter
@@ -123,6 +127,7 @@ func NewRedisStore(client redis.UniversalClient, opts RedisOptions) *RedisStore 
 	return &RedisStore{
 		client:     client,
 		log:        opts.Log,
+		damaged:    make(map[string]bool),
 		unreadable: opts.Metrics.GetOrCreateCounter("sluice_routing_unreadable_records_total"),
 		drops:      opts.Metrics.GetOrCreateCounter(`sluice_routing_watch_lost_total{reason="drop"}`),
 		silences:   opts.Metrics.GetOrCreateCounter(`sluice_routing_watch_lost_total{reason="silence"}`),
@@ -253,7 +258,8 @@ func (s *RedisStore) clearIndex(ctx context.Context, index, sandbox, entry strin
 	return unindexScript.Run(ctx, s.client, []string{index}, sandbox, generation).Err()
 }
 
-// getAll reads many keys in one round trip per server; absent ones are absent from the result.
+// getAll reads many keys in one round trip per server; absent ones are absent from the result. A key of another type is as good as
+// an empty record, which cannot be decoded: one such must not hide all others.
 func (s *RedisStore) getAll(ctx context.Context, prefix string, ids func(yield func(string) bool)) (map[string][]byte, error) {
 	pipe := s.client.Pipeline()
 	reads := make(map[string]*redis.StringCmd)
@@ -263,16 +269,20 @@ func (s *RedisStore) getAll(ctx context.Context, prefix string, ids func(yield f
 	if len(reads) == 0 {
 		return nil, nil
 	}
-	if _, err := pipe.Exec(ctx); err != nil && !errors.Is(err, redis.Nil) {
-		return nil, err
+	if _, err := pipe.Exec(ctx); err != nil {
+		if _, answered := errors.AsType[redis.Error](err); !answered {
+			return nil, err
+		}
 	}
 	values := make(map[string][]byte, len(reads))
 	for id, read := range reads {
 		value, err := read.Bytes()
-		if errors.Is(err, redis.Nil) {
+		switch {
+		case errors.Is(err, redis.Nil):
 			continue
-		}
-		if err != nil {
+		case redis.HasErrorPrefix(err, "WRONGTYPE"):
+			value = []byte{}
+		case err != nil:
 			return nil, err
 		}
 		values[id] = value
@@ -349,12 +359,32 @@ func (s *RedisStore) Nodes(ctx context.Context) ([]Node, error) {
 		var n Node
 		if err := json.Unmarshal(value, &n); err != nil {
 			s.unreadable.Inc()
-			s.log.Error("lease record is unreadable", zap.String("node", id), zap.Error(err))
+			if s.noteLease(id, false) {
+				s.log.Error("lease record is unreadable, the node is left out", zap.String("node", id), zap.Error(err))
+			}
 			continue
+		}
+		if s.noteLease(id, true) {
+			s.log.Info("lease record is readable again", zap.String("node", id))
 		}
 		nodes = append(nodes, n)
 	}
 	return nodes, nil
+}
+
+// noteLease tells whether that is news: the leases are read every second, and a damaged one stays until somebody looks.
+func (s *RedisStore) noteLease(id string, readable bool) (news bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.damaged[id] != readable {
+		return false
+	}
+	if readable {
+		delete(s.damaged, id)
+	} else {
+		s.damaged[id] = true
+	}
+	return true
 }
 
 // unavailable wraps whatever kept the store from answering, a context that ended included.

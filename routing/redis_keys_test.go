@@ -5,6 +5,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/VictoriaMetrics/metrics"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
 	"github.com/sluice-edge/sluice/internal/errs"
 	"github.com/sluice-edge/sluice/routing"
 	"github.com/sluice-edge/sluice/routing/routingtest"
@@ -13,7 +18,9 @@ import (
 func TestRedisKeys(t *testing.T) {
 	server := routingtest.StartRedis(t)
 	client := server.Client(t)
-	store := routing.NewRedisStore(client, routing.RedisOptions{})
+	logs, seen := observer.New(zapcore.InfoLevel)
+	set := metrics.NewSet()
+	store := routing.NewRedisStore(client, routing.RedisOptions{Log: zap.New(logs), Metrics: set})
 	ctx := t.Context()
 	put := func(r routing.Route) {
 		t.Helper()
@@ -93,7 +100,8 @@ func TestRedisKeys(t *testing.T) {
 		reset(t)
 		put(routingtest.Sample("isb", "n1", 5))
 		put(routingtest.Sample("isc", "n1", 5))
-		for _, bad := range []string{"null", "{}", "", "x", `{"v":2,"gen":5,"id":"isb"}`, `{"v":1,"gen":5,"id":"isc","node":"n1","state":"running"}`} {
+		for _, bad := range []string{"null", "{}", "", "x", `{"v":2,"gen":5,"id":"isb"}`, `{"v":1,"gen":5,"id":"isc","node":"n1","state":"running","public":true}`,
+			`{"v":1,"gen":5,"id":"isb","node":"n1","state":"running"}`} {
 			if err := client.Set(ctx, "sluice:route:isb", bad, time.Hour).Err(); err != nil {
 				t.Fatal(err)
 			}
@@ -132,4 +140,71 @@ func TestRedisKeys(t *testing.T) {
 			t.Errorf("PutNode over what cannot be read = %v", err)
 		}
 	})
+	t.Run("a lease of another type hides no other, and is told once", func(t *testing.T) {
+		reset(t)
+		seen.TakeAll()
+		before := set.GetOrCreateCounter("sluice_routing_unreadable_records_total").Get()
+		if err := store.PutNode(ctx, routing.Node{ID: "n2"}, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		for _, err := range []error{client.SAdd(ctx, "sluice:nodes", "n3").Err(), client.LPush(ctx, "sluice:node:n3", "x").Err()} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 3 {
+			if nodes, err := store.Nodes(ctx); err != nil || len(nodes) != 1 || nodes[0].ID != "n2" {
+				t.Errorf("Nodes() = %v, %v, want n2", nodes, err)
+			}
+		}
+		if lines, counted := seen.TakeAll(), set.GetOrCreateCounter("sluice_routing_unreadable_records_total").Get()-before; len(lines) != 1 || counted != 3 {
+			t.Errorf("after 3 reads %d lines %v, counted %d, want one and 3", len(lines), lines, counted)
+		}
+		if err := store.PutNode(ctx, routing.Node{ID: "n3"}, time.Hour); err != nil {
+			t.Errorf("PutNode over a list = %v", err)
+		}
+		if nodes, err := store.Nodes(ctx); err != nil || len(nodes) != 2 || seen.FilterMessage("lease record is readable again").Len() != 1 {
+			t.Errorf("Nodes() after the node renewed = %v, %v, %v", nodes, err, seen.All())
+		}
+	})
+	t.Run("a route of another type hides no other", func(t *testing.T) {
+		reset(t)
+		put(routingtest.Sample("isb", "n1", 5))
+		put(routingtest.Sample("isc", "n1", 5))
+		for _, err := range []error{client.Del(ctx, "sluice:route:isb").Err(), client.LPush(ctx, "sluice:route:isb", "x").Err()} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if routes, err := store.RoutesOf(ctx, "n1"); err != nil || len(routes) != 1 || routes[0].Sandbox != "isc" {
+			t.Errorf("RoutesOf = %v, %v, want isc", routes, err)
+		}
+	})
+}
+
+// TestOutageIsToldOnce: four lines a second filled the log for as long as Redis was away.
+func TestOutageIsToldOnce(t *testing.T) {
+	server := routingtest.StartRedis(t)
+	logs, seen := observer.New(zapcore.DebugLevel)
+	w := routingtest.StartWatch(t, routing.NewRedisStore(server.Client(t), routing.RedisOptions{Log: zap.New(logs)}))
+	w.Want(t, routing.Lost, "")
+	count := func(message string) int { return seen.FilterMessage(message).Len() }
+	const lost, back = "route subscription lost, known routes are suspect", "route subscription is back"
+	for outage := range 2 {
+		w.WantHeartbeat(t)
+		server.Stop()
+		w.Want(t, routing.Lost, "")
+		for attempts := count("route subscription not made"); count("route subscription not made") < attempts+3; {
+			time.Sleep(5 * time.Millisecond)
+		}
+		if count(lost) != outage+1 || count(back) != outage {
+			t.Errorf("during outage %d the loss is told %d times, the return %d times", outage, count(lost), count(back))
+		}
+		server.Start()
+		w.Want(t, routing.Lost, "")
+		w.WantHeartbeat(t)
+		if count(lost) != outage+1 || count(back) != outage+1 {
+			t.Errorf("after outage %d the loss is told %d times, the return %d times", outage, count(lost), count(back))
+		}
+	}
 }

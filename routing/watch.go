@@ -28,38 +28,47 @@ var errSilent = errors.New("no heartbeat came back")
 // that is open and dead, a subscription on a server that was demoted, and one that the client library renewed behind our back.
 // So every second it publishes to a channel of its own and wants that message back on the same connection.
 func (s *RedisStore) Watch(ctx context.Context, emit func(Event)) error {
+	works := true
 	for ctx.Err() == nil {
-		s.listen(ctx, emit)
+		works = s.listen(ctx, emit, works)
 	}
 	return nil
 }
 
-// listen is one subscription from beginning to end, and the pause after it.
-func (s *RedisStore) listen(ctx context.Context, emit func(Event)) {
+// listen is one subscription from beginning to end, and the pause after it. Whether subscriptions work, which a heartbeat proves, is
+// logged when it changes: a line per attempt would fill the log for as long as Redis is away.
+func (s *RedisStore) listen(ctx context.Context, emit func(Event), works bool) (worked bool) {
 	heard := false
 	err := s.subscribeOnce(ctx, func(e Event) {
 		heard = true
+		if e.Kind == Heartbeat && !works {
+			works = true
+			s.log.Info("route subscription is back")
+		}
 		emit(e)
 	})
 	if ctx.Err() != nil {
-		return
+		return works
 	}
 	switch {
 	case !heard:
-		s.log.Debug("route subscription not made", zap.Error(err)) // what was to be said was said when it was lost
+		s.log.Debug("route subscription not made", zap.Error(err))
 	case errors.Is(err, errSilent):
 		s.silences.Inc()
 	default:
 		s.drops.Inc()
 	}
-	if heard {
+	if works {
 		s.log.Warn("route subscription lost, known routes are suspect", zap.Error(err))
+	}
+	if heard {
 		emit(Event{Kind: Lost})
 	}
 	select {
 	case <-ctx.Done():
 	case <-time.After(resubscribeDelay):
 	}
+	return false
 }
 
 // subscribeOnce listens on one connection until it fails, falls silent, or ctx ends.

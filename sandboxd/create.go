@@ -30,6 +30,11 @@ func (m *Manager) Create(ctx context.Context, spec CreateSpec) (Sandbox, error) 
 	if err := m.checkTimeout(spec.Timeout); err != nil {
 		return Sandbox{}, err
 	}
+	if spec.AutoPause {
+		// Refused now: at the deadline the sandbox would be killed, and its work lost.
+		return Sandbox{}, errs.New(errs.Invalid, "autoPause (lifecycle onTimeout 'pause') is not possible: the %s machine of this node has no "+
+			"snapshots; leave it out and give a longer timeout", m.machine.Name())
+	}
 	fence, err := fenceOf(spec.Network)
 	if err != nil {
 		return Sandbox{}, err

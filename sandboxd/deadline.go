@@ -127,7 +127,7 @@ func (m *Manager) expire(now time.Time) (next time.Duration) {
 		}
 		left := l.rec.Sandbox.EndAt.Sub(now)
 		if left <= 0 {
-			m.condemnLocked(l, GoneTimeout) // no machine here can pause, so AutoPause ends like this too
+			m.condemnLocked(l, GoneTimeout)
 			continue
 		}
 		next = min(next, left)

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"syscall"
 
 	"go.uber.org/zap"
 
@@ -46,9 +47,10 @@ type NamespaceMachine struct {
 	namespaces *namespace.Machine
 
 	// Set by Setup, which comes before all else; nil in rootless mode.
-	name *claim // of the network
-	uids *claim // of a part of the user ids
-	part int    // which one
+	name *claim       // of the network
+	uids *claim       // of a part of the user ids
+	part int          // which one
+	pool net.Listener // of the slots' addresses: an abstract socket, known in the network namespace in which they are
 }
 
 // claimsDir is where nodes of one host meet.
@@ -114,10 +116,21 @@ func (m *NamespaceMachine) claim() (err error) {
 	if m.name == nil {
 		m.name, err = takeClaim(claimsDir, "network-"+node)
 		if errors.Is(err, errClaimed) {
-			return fmt.Errorf("another node on this host uses the network name %q: stop it, or give this one its own", node)
+			return fmt.Errorf("another node on this host uses the network name %q: stop it, or give this one its own (-network-name, and -slot-prefix with it)", node)
 		}
 		if err != nil {
 			return fmt.Errorf("claim the network name %q: %w", node, err)
+		}
+	}
+	if m.pool == nil {
+		// Two sandboxes with one address on one host would each get half of the other's answers.
+		prefix := cmp.Or(m.opts.Network.Prefix, netdev.DefaultPrefix).Masked()
+		m.pool, err = net.Listen("unix", "@sluice-slots-"+prefix.String())
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("another node on this host uses the slot addresses %s: give this one its own (-slot-prefix and -slot-prefix6)", prefix)
+		}
+		if err != nil {
+			return fmt.Errorf("claim the slot addresses %s: %w", prefix, err)
 		}
 	}
 	if m.uids == nil {
@@ -134,15 +147,12 @@ func hasNetworks(node string) (bool, error) {
 	return len(names) > 0, err
 }
 
-// Maintain looks after the host's table and forwarding.
+// Maintain puts the host's table and forwarding back if somebody has taken them away.
 func (m *NamespaceMachine) Maintain(ctx context.Context) error {
 	if m.network == nil {
 		return nil
 	}
-	if network, ok := any(m.network).(interface{ Maintain(context.Context) error }); ok {
-		return network.Maintain(ctx)
-	}
-	return nil
+	return m.network.Maintain(ctx)
 }
 
 // Close removes the host's table.
@@ -158,12 +168,15 @@ func (m *NamespaceMachine) Release() error { return m.giveUp((*claim).leave) }
 
 func (m *NamespaceMachine) giveUp(how func(*claim) error) error {
 	var failures []error
+	if m.pool != nil {
+		failures = append(failures, m.pool.Close())
+	}
 	for _, c := range []*claim{m.uids, m.name} {
 		if c != nil {
 			failures = append(failures, how(c))
 		}
 	}
-	m.uids, m.name = nil, nil
+	m.uids, m.pool, m.name = nil, nil, nil
 	return errors.Join(failures...)
 }
 
@@ -174,9 +187,6 @@ func (m *NamespaceMachine) Start(ctx context.Context, p Place, fence egress.Poli
 		slot, err := m.network.Acquire(ctx, p.Slot)
 		if err != nil {
 			return nil, err
-		}
-		if slot.NetNS != m.netns(p.Slot) {
-			panic("BUG: slot " + strconv.Itoa(p.Slot) + " is at " + slot.NetNS + ", where Destroy would not look")
 		}
 		s.slot = slot
 		reached(StepNetwork)
@@ -255,18 +265,13 @@ func (m *NamespaceMachine) spec(p Place) namespace.Spec {
 		Template: p.Root,
 	}
 	if m.network != nil {
-		spec.NetNS = m.netns(p.Slot) // of no slot: a path that does not exist
+		spec.NetNS = m.network.Path(p.Slot) // of no slot: a path that does not exist
 	}
 	if p.ID == "" { // only the slot is known: its processes are found by network namespace and user ids
 		spec.ID = "slot-" + strconv.Itoa(p.Slot)
 		spec.Dir = filepath.Join(m.opts.StateDir, spec.ID)
 	}
 	return spec
-}
-
-// netns is where netdev keeps the network namespace of a slot, whether it exists or not.
-func (m *NamespaceMachine) netns(slot int) string {
-	return fmt.Sprintf("/run/netns/%s-%d", m.opts.Network.NamePrefix, slot)
 }
 
 // protected are the addresses of this node, which no sandbox may reach whatever its tenant allows.

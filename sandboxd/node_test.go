@@ -454,6 +454,7 @@ func TestCreateRefusesBadInput(t *testing.T) {
 			"unknown tag":       {func(s *CreateSpec) { s.Template = "base:v7" }, errs.NotFound, "template 'base:v7' not found"},
 			"unknown namespace": {func(s *CreateSpec) { s.Template = "acme/base" }, errs.NotFound, "not found"},
 			"bad template":      {func(s *CreateSpec) { s.Template = "../etc" }, errs.Invalid, "invalid template reference"},
+			"pause at the end":  {func(s *CreateSpec) { s.AutoPause = true }, errs.Invalid, "autoPause"},
 			"bad deny list":     {func(s *CreateSpec) { s.Network.DenyOut = []string{"nonsense"} }, errs.Invalid, "invalid"},
 		}
 		for name, tt := range tests {

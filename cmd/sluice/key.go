@@ -24,6 +24,10 @@ func runKey(ctx context.Context, args []string) error {
 		return fmt.Errorf("key: say what to do: %s", verbs)
 	}
 	verb, args := args[0], args[1:]
+	if verb == "-h" || verb == "-help" || verb == "--help" {
+		fmt.Printf("usage: sluice key VERB [flags]   (VERB is %s; sluice key VERB -h lists the flags)\n", verbs)
+		return config.ErrHelp
+	}
 	fs := flag.NewFlagSet("sluice key "+verb, flag.ContinueOnError)
 	redisURL := fs.String("redis", "redis://127.0.0.1:6379", "`URL` of the Redis that holds keys")
 	name, team, id := new(string), new(string), new(string)

@@ -50,8 +50,12 @@ func dispatch(ctx context.Context, args []string) error {
 			return c.run(ctx, args[1:])
 		}
 	}
-	if args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
+	switch args[0] {
+	case "help", "-h", "-help", "--help":
 		usage(os.Stdout)
+		return nil
+	case "-version", "--version":
+		fmt.Println(version)
 		return nil
 	}
 	usage(os.Stderr)

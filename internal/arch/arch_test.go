@@ -56,7 +56,7 @@ var libraries = []struct {
 	{"github.com/hashicorp/golang-lru", []string{"routing", "auth", "api"}},
 	{"github.com/vishvananda/", []string{"sandboxd/netdev", "sandboxd/egress", "internal/lab"}},
 	{"github.com/google/nftables", []string{"sandboxd/netdev", "sandboxd/egress", "internal/lab", "internal/netfilter"}},
-	{"github.com/mdlayher/netlink", []string{"sandboxd/netdev", "internal/netfilter"}},
+	{"github.com/mdlayher/netlink", []string{"internal/netfilter"}},
 	{"connectrpc.com/", []string{"guest", "guest/..."}},
 }
 

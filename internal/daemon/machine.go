@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -59,6 +60,9 @@ func OpenMachine(opts MachineOptions, stateDir string, log *zap.Logger) (sandbox
 	if err != nil {
 		return nil, nil, fmt.Errorf("-protect: %w", err)
 	}
+	if err := opts.check(); err != nil {
+		return nil, nil, err
+	}
 	machine, err := sandboxd.NewNamespaceMachine(sandboxd.NamespaceOptions{
 		GuestdPath:  guestd,
 		StateDir:    stateDir,
@@ -75,6 +79,26 @@ func OpenMachine(opts MachineOptions, stateDir string, log *zap.Logger) (sandbox
 	}
 	return machine, machine.Limitations(), nil
 }
+
+// check finds what would only fail at the first create.
+func (o *MachineOptions) check() error {
+	var errs []error
+	for _, r := range o.Resolvers {
+		if _, err := netip.ParseAddr(r); err != nil {
+			errs = append(errs, fmt.Errorf("-nameserver: %q is not an address", r))
+		}
+	}
+	if info, err := os.Stat(cmp.Or(o.TemplateDir, "/")); err != nil || !info.IsDir() {
+		errs = append(errs, fmt.Errorf("-template-dir: %q is not a directory", o.TemplateDir))
+	}
+	if o.Pids != 0 && o.Pids < minPids {
+		errs = append(errs, fmt.Errorf("-pids %d: want %d or more, or 0 for the default", o.Pids, minPids))
+	}
+	return errors.Join(errs...)
+}
+
+// minPids is what the guest agent and one program need.
+const minPids = 32
 
 func (o *MachineOptions) network(log *zap.Logger) (netdev.Config, error) {
 	cfg := netdev.Config{NamePrefix: o.NetworkName, Log: log}

@@ -101,6 +101,9 @@ func withoutURL(err error) error {
 
 // Listen opens a TCP listener and says in one line which flag named an address that cannot be had.
 func Listen(flagName, addr string) (net.Listener, error) {
+	if addr == "" {
+		return nil, fmt.Errorf("%s is empty: give an address such as 127.0.0.1:8080", flagName)
+	}
 	ln, err := net.Listen("tcp", addr)
 	if errors.Is(err, syscall.EADDRINUSE) {
 		return nil, fmt.Errorf("%s %s is taken by another program: stop it, or give another address", flagName, addr)

@@ -42,7 +42,7 @@ type Options struct {
 type Stack struct {
 	HTTPAddr, HTTPSAddr net.Addr
 	Domain              string // as SDKs use it: with the port of the https listener unless that is 443
-	APIKey              string // made for this run
+	APIKey              string // the same in every run with this state directory
 	CAFile              string
 	Limitations         []string // what this host cannot enforce, for people
 
@@ -52,6 +52,15 @@ type Stack struct {
 
 // New builds the system bottom-up. Its listeners are open when it returns; nothing is served before Run.
 func New(ctx context.Context, opts Options) (_ *Stack, err error) {
+	if _, err := routing.NewHosts(opts.Domain); err != nil {
+		return nil, fmt.Errorf("-domain: %w", err)
+	}
+	if opts.MaxSandboxes < 0 {
+		return nil, fmt.Errorf("-max-sandboxes %d is negative", opts.MaxSandboxes)
+	}
+	if opts.StateDir, err = filepath.Abs(opts.StateDir); err != nil {
+		return nil, fmt.Errorf("-state-dir: %w", err)
+	}
 	if err := os.MkdirAll(opts.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("-state-dir: %w", err)
 	}
@@ -101,11 +110,9 @@ func New(ctx context.Context, opts Options) (_ *Stack, err error) {
 		CAFile:    keeper.CAFile(),
 	}
 	store, keys := routing.NewMemoryStore(), auth.NewMemoryKeys()
-	key, record := auth.NewKeyRecord("sluice dev", "default")
-	if err := keys.PutKey(ctx, record); err != nil {
+	if s.APIKey, err = apiKey(ctx, filepath.Join(opts.StateDir, "api.key"), keys); err != nil {
 		return nil, err
 	}
-	s.APIKey = key
 	machine, limitations, err := daemon.OpenMachine(opts.Machine, opts.StateDir, opts.Log)
 	if err != nil {
 		return nil, err
@@ -166,6 +173,27 @@ func clusterKey(file string) ([]byte, error) {
 		return nil, fmt.Errorf("write cluster key: %w", err)
 	}
 	return daemon.ReadClusterKey(file)
+}
+
+// apiKey puts the key of an earlier run into the store, so that what was exported in other terminals stays true, or makes one.
+func apiKey(ctx context.Context, file string, keys auth.KeyStore) (string, error) {
+	key, record := auth.NewKeyRecord("sluice dev", "default")
+	stored, err := os.ReadFile(file)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if err := os.WriteFile(file, []byte(key), 0o600); err != nil {
+			return "", fmt.Errorf("write API key: %w", err)
+		}
+	case err != nil:
+		return "", fmt.Errorf("read API key: %w", err)
+	default:
+		hash, ok := auth.HashKey(stored)
+		if !ok {
+			return "", fmt.Errorf("%s holds no API key: remove it to have a new one made", file)
+		}
+		key, record.Hash = string(stored), hash
+	}
+	return key, keys.PutKey(ctx, record)
 }
 
 func withPort(domain string, addr net.Addr) string {

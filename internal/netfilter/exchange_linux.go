@@ -20,13 +20,16 @@ func NewConn() (*nftables.Conn, error) {
 	return nftables.New(nftables.WithTestDial(transport))
 }
 
-// transport is Exchange as the library wants it. An error is handed over as the kernel would report one, in a message: the
+// transport is converse as the library wants it. An error is handed over as the kernel would report one, in a message: the
 // library would ask for ever after one that came back by itself.
-func transport(messages []netlink.Message) ([]netlink.Message, error) {
+func transport(messages []netlink.Message) (answers []netlink.Message, err error) {
 	if len(messages) == 0 {
 		return nil, io.EOF // is there more? All there was came with the first answer.
 	}
-	answers, err := Exchange(messages)
+	err = converse(messages, func(m netlink.Message) error {
+		answers = append(answers, m)
+		return nil
+	})
 	if err != nil {
 		errno := unix.EPROTO
 		errors.As(err, &errno)
@@ -48,21 +51,21 @@ const (
 	sendOverhead  = 1 << 12
 )
 
-// Exchange sends complete messages in one datagram to netfilter in the calling thread's network namespace, and returns every
+// converse sends complete messages in one datagram to netfilter in the calling thread's network namespace, and hands over every
 // message that the kernel answers: also errors, acknowledgements and the ends of dumps. Its own error means that it could not ask,
-// or that answers were lost.
-func Exchange(messages []netlink.Message) ([]netlink.Message, error) {
+// that answers were lost, or that each did not want more.
+func converse(messages []netlink.Message, each func(answer netlink.Message) error) error {
 	var request []byte
 	for _, m := range messages {
 		b, err := m.MarshalBinary()
 		if err != nil {
-			return nil, fmt.Errorf("encode netlink message: %w", err)
+			return fmt.Errorf("encode netlink message: %w", err)
 		}
 		request = append(request, b...)
 	}
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
-		return nil, os.NewSyscallError("socket", err)
+		return os.NewSyscallError("socket", err)
 	}
 	defer unix.Close(fd)
 	for _, option := range []struct{ level, name, value int }{
@@ -71,19 +74,19 @@ func Exchange(messages []netlink.Message) ([]netlink.Message, error) {
 		{unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1}, // an error need not bring back the message that it is about
 	} {
 		if err := unix.SetsockoptInt(fd, option.level, option.name, option.value); err != nil {
-			return nil, os.NewSyscallError("setsockopt", err)
+			return os.NewSyscallError("setsockopt", err)
 		}
 	}
 	err = retry(func() error { return unix.Sendto(fd, request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}) })
 	if err != nil {
-		return nil, os.NewSyscallError("sendto", err)
+		return os.NewSyscallError("sendto", err)
 	}
-	return receive(fd, messages[0].Header.PID)
+	return receive(fd, messages[0].Header.PID, each)
 }
 
 // receive drains the socket. Each answer to a dump makes the kernel prepare the next before it returns, so an empty socket means
 // that there is nothing more.
-func receive(fd int, pid uint32) (answers []netlink.Message, err error) {
+func receive(fd int, pid uint32, each func(answer netlink.Message) error) error {
 	buf := make([]byte, answerSize)
 	for {
 		var n int
@@ -92,20 +95,20 @@ func receive(fd int, pid uint32) (answers []netlink.Message, err error) {
 			return err
 		})
 		if errors.Is(err, unix.EAGAIN) {
-			return answers, nil
+			return nil
 		}
 		if err != nil {
-			return nil, os.NewSyscallError("recvfrom", err)
+			return os.NewSyscallError("recvfrom", err)
 		}
 		if n > len(buf) {
-			return nil, fmt.Errorf("netlink answer of %d bytes: %w", n, unix.EMSGSIZE)
+			return fmt.Errorf("netlink answer of %d bytes: %w", n, unix.EMSGSIZE)
 		}
 		parsed, err := syscall.ParseNetlinkMessage(append([]byte(nil), buf[:n]...)) // the messages point into it
 		if err != nil {
-			return nil, fmt.Errorf("decode netlink answer: %w", err)
+			return fmt.Errorf("decode netlink answer: %w", err)
 		}
 		for _, m := range parsed {
-			answers = append(answers, netlink.Message{
+			err := each(netlink.Message{
 				Header: netlink.Header{
 					Length: m.Header.Len, Type: netlink.HeaderType(m.Header.Type), Flags: netlink.HeaderFlags(m.Header.Flags),
 					Sequence: m.Header.Seq,
@@ -113,6 +116,9 @@ func receive(fd int, pid uint32) (answers []netlink.Message, err error) {
 				},
 				Data: m.Data,
 			})
+			if err != nil {
+				return err
+			}
 		}
 	}
 }

@@ -55,7 +55,7 @@ func Sample(sandbox, node string, generation uint64) routing.Route {
 		State:      routing.Running,
 		EndAt:      time.Now().Add(time.Hour).Truncate(time.Millisecond).UTC(),
 		TokenHash:  [32]byte{1, 2, 31: 3},
-		Mask:       `localhost:${PORT} {"v":1,"gen":99}`,
+		Mask:       "${PORT}.localhost:${PORT}",
 		Ports:      map[uint16]routing.PortSettings{8443: {HTTPS: true}, 65535: {}},
 		AutoResume: true,
 	}
@@ -452,6 +452,19 @@ func (w *Watcher) Next(t testing.TB) routing.Event {
 		case <-timeout:
 			t.Fatal("no event came")
 		}
+	}
+}
+
+// WantHeartbeat waits for a heartbeat and fails if anything else comes first.
+func (w *Watcher) WantHeartbeat(t testing.TB) {
+	t.Helper()
+	select {
+	case e := <-w.events:
+		if e.Kind != routing.Heartbeat {
+			t.Fatalf("event = kind %d key %q, want a heartbeat", e.Kind, e.Key)
+		}
+	case <-time.After(patience):
+		t.Fatal("no heartbeat came")
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-edge/sluice/internal/lab"
@@ -32,10 +33,16 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
+	return newWorldWith(t, netdev.Config{})
+}
+
+func newWorldWith(t *testing.T, cfg netdev.Config) *world {
+	t.Helper()
 	w := &world{T: t, lab: lab.New(t)}
 	w.lab.Host.Run(func() {
 		var err error
-		if w.network, err = netdev.New(netdev.Config{NamePrefix: w.lab.Prefix()}); err != nil {
+		cfg.NamePrefix = w.lab.Prefix()
+		if w.network, err = netdev.New(cfg); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -611,5 +618,94 @@ func TestThousandDescriptors(t *testing.T) {
 	}
 	if err := w.network.Release(t.Context(), 8); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestOneSandboxCannotFillTheTable: a sandbox that begins flow after flow is refused at its limit, over IPv4 and IPv6 together and
+// whether or not its own rules hold it, so that the host's table of flows has room for the neighbours. One of them filled it, and
+// the node was cut off with everybody else.
+func TestOneSandboxCannotFillTheTable(t *testing.T) {
+	const inside, outside = 100, 150
+	w := newWorldWith(t, netdev.Config{MaxFlows: outside})
+	p := egress.Policy{AllowInternet: true, MaxFlows: inside}
+	neighbour, slot, unfenced := w.slot(0), w.slot(1), w.slot(2)
+	for _, s := range []*netdev.Slot{neighbour, slot} {
+		if err := egress.Apply(s.NetNS, egress.Compile(p, egress.Local(s.GuestAddr, s.GuestAddr6))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// flood begins 200 flows, half of them over IPv6, sends each packet twice, and returns how many got out of the namespace.
+	flood := func(s *netdev.Slot) (sent int) {
+		if err := lab.Enter(s.NetNS, func() {
+			conn, err := net.ListenUDP("udp", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			for i := range 200 {
+				to := net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr([]string{"1.1.1.1", cloudflare6}[i%2]), uint16(20000+i)))
+				_, first := conn.WriteToUDP([]byte("x"), to)
+				_, second := conn.WriteToUDP([]byte("x"), to)
+				if (first == nil) != (second == nil) {
+					t.Errorf("flow %d: the first packet gave %v, the second %v", i, first, second)
+				}
+				if first == nil {
+					sent++
+				}
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return sent
+	}
+	onHost := func(s *netdev.Slot) (n int) {
+		w.lab.Host.Run(func() {
+			for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+				flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, family)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, flow := range flows {
+					if src, _ := netip.AddrFromSlice(flow.Forward.SrcIP); src == s.GuestAddr || src == s.GuestAddr6 {
+						n++
+					}
+				}
+			}
+		})
+		return n
+	}
+	if sent := flood(slot); sent != inside {
+		t.Errorf("%d of 200 flows began, want %d", sent, inside)
+	}
+	if got := w.counters(slot).Flows; got != 2*(200-inside) {
+		t.Errorf("counted %d packets of flows too many, want %d", got, 2*(200-inside))
+	}
+	if got := onHost(slot); got != inside {
+		t.Errorf("the host tracks %d flows of the fenced slot, want %d", got, inside)
+	}
+	if sent := flood(unfenced); sent != 200 {
+		t.Errorf("without rules inside %d of 200 flows began", sent)
+	}
+	if got := onHost(unfenced); got != outside {
+		t.Errorf("the host tracks %d flows of the slot without rules, want %d", got, outside)
+	}
+	for _, network := range []string{"tcp", "udp"} {
+		if got := w.reach(slot, network, netip.MustParseAddr("8.8.8.8")); got != "refused" {
+			t.Errorf("one more flow over %s is %s, want refused", network, got)
+		}
+		if got := w.reach(neighbour, network, netip.MustParseAddr("8.8.8.8")); got != "open" {
+			t.Errorf("the neighbour's flow over %s is %s, want open", network, got)
+		}
+	}
+	for index, s := range map[int]*netdev.Slot{1: slot, 2: unfenced} {
+		if err := w.network.Release(t.Context(), index); err != nil {
+			t.Fatal(err)
+		}
+		if got := onHost(s); got != 0 {
+			t.Errorf("the host tracks %d flows of released slot %d", got, index)
+		}
+	}
+	if again := w.slot(2); flood(again) != 200 || onHost(again) != outside {
+		t.Errorf("the next tenant of the slot has %d flows, want %d", onHost(again), outside)
 	}
 }

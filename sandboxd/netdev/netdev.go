@@ -27,6 +27,10 @@ var (
 	DefaultPrefix6 = netip.MustParsePrefix("fd73:6c75:6963:6500::/64")
 )
 
+// DefaultMaxFlows is twice what the rules of sandboxd/egress allow a sandbox: those count anew after every change while older flows
+// go on, and here flows that were cut inside last until nothing has been heard of them for long.
+const DefaultMaxFlows = 16384
+
 // GuestConstant is the address that every sandbox has besides its slot's own, always the same, so that a snapshot taken in one
 // slot resumes in another. It never leaves the namespace.
 var GuestConstant = netip.MustParseAddr("169.254.0.21")
@@ -44,7 +48,10 @@ type Config struct {
 	// NamePrefix begins the name of every namespace, device and table; empty means "sl". Two nodes on one host need two of
 	// them, lower-case letters and digits, at most eight.
 	NamePrefix string
-	Log        *zap.Logger // nil means silence
+	// MaxFlows is how many flows a slot may have in the host's table of them, which everybody on the host shares; zero means
+	// DefaultMaxFlows. More are dropped.
+	MaxFlows uint32
+	Log      *zap.Logger // nil means silence
 }
 
 // withDefaults fills in the zero fields and refuses what cannot work.
@@ -57,6 +64,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.NamePrefix == "" {
 		c.NamePrefix = "sl"
+	}
+	if c.MaxFlows == 0 {
+		c.MaxFlows = DefaultMaxFlows
 	}
 	if c.Log == nil {
 		c.Log = zap.NewNop()
@@ -104,7 +114,7 @@ func (c Config) plan(index int) (plan, error) {
 	name := c.name(index)
 	return plan{
 		index:   index,
-		netns:   filepath.Join(netnsDir, name),
+		netns:   c.path(index),
 		hostDev: name,
 		host:    nth(c.Prefix.Addr(), 2*index), guest: nth(c.Prefix.Addr(), 2*index+1),
 		host6: nth(c.Prefix6.Addr(), 2*index), guest6: nth(c.Prefix6.Addr(), 2*index+1),
@@ -115,6 +125,9 @@ func (c Config) plan(index int) (plan, error) {
 
 // name is shared by the namespace and the host's device. The dash keeps prefixes apart that begin alike.
 func (c Config) name(index int) string { return c.NamePrefix + "-" + strconv.Itoa(index) }
+
+// path is where the namespace is bound.
+func (c Config) path(index int) string { return filepath.Join(netnsDir, c.name(index)) }
 
 // index is the inverse of name.
 func (c Config) index(name string) (int, bool) {

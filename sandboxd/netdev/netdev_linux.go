@@ -10,11 +10,15 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-edge/sluice/internal/netfilter"
 )
 
 // Network is the slots of this node and the host's table that serves them.
@@ -27,6 +31,13 @@ type Network struct {
 	mu    sync.Mutex // guards the fields below; never held across a kernel call
 	slots map[int]*Slot
 	raSet []string // accept_ra files that Setup changed from 1 to 2
+	full  bool     // it was said that the slots can fill the host's table of flows
+
+	// tableMu is held for every change of the host's table, kernel calls and all, and guards the fields below. A Setup that listed
+	// the slots before an Acquire must not replace the table after it.
+	tableMu sync.Mutex
+	made    string   // the table's state after Setup
+	noted   []string // the notes that belong in it
 }
 
 // New takes the caller's network namespace for the node's own. It changes nothing; Setup does.
@@ -49,21 +60,40 @@ func New(cfg Config) (*Network, error) {
 // Capacity is how many slots the prefixes hold: indexes run from 0 to one less.
 func (n *Network) Capacity() int { return n.cfg.capacity() }
 
+// Path is where the network namespace of a slot is bound, whether it exists or not.
+func (n *Network) Path(index int) string { return n.cfg.path(index) }
+
 // Setup puts the host's table in place and lets the kernel forward. It may be called again at any time: the table is replaced
 // in one step, with the slots that exist.
 func (n *Network) Setup(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	indexes, err := n.List(ctx)
-	if err != nil {
+	return inNetNS(n.home, func() error {
+		n.tableMu.Lock()
+		defer n.tableMu.Unlock()
+		return n.setupLocked()
+	})
+}
+
+// Maintain looks whether the host's table is still as Setup left it, with every slot in it, and does what Setup does when somebody
+// flushed or changed it. Looking is cheap enough for every few seconds, and disturbs nothing.
+func (n *Network) Maintain(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	return inNetNS(n.home, func() error {
-		if err := n.replaceTable(indexes); err != nil {
-			return fmt.Errorf("replace host table %s: %w", n.cfg.tableName(), err)
+		n.tableMu.Lock()
+		defer n.tableMu.Unlock()
+		whole, err := n.wholeLocked()
+		if err != nil {
+			return fmt.Errorf("look at host table %s: %w", n.cfg.tableName(), err)
 		}
-		return n.enableForwarding()
+		if whole {
+			return nil
+		}
+		n.cfg.Log.Warn("host table of the slots was flushed or changed: putting it back")
+		return n.setupLocked()
 	})
 }
 
@@ -393,11 +423,36 @@ func (n *Network) keep(s *Slot) *Slot {
 	n.mu.Lock()
 	old := n.slots[s.Index]
 	n.slots[s.Index] = s
+	count, said := len(n.slots), n.full
 	n.mu.Unlock()
 	if old != nil {
 		old.close()
 	}
+	if !said {
+		n.warnIfFull(count)
+	}
 	return s
+}
+
+// warnIfFull says once that the slots that there are can together fill the host's table of flows, and cut off everybody.
+func (n *Network) warnIfFull(slots int) {
+	var text string
+	err := inNetNS(n.home, func() (err error) {
+		text, err = readSysctl("netfilter/nf_conntrack_max")
+		return err
+	})
+	limit, parseErr := strconv.ParseUint(text, 10, 64)
+	if err != nil || parseErr != nil || uint64(slots)*uint64(n.cfg.MaxFlows) <= limit {
+		return
+	}
+	n.mu.Lock()
+	said := n.full
+	n.full = true
+	n.mu.Unlock()
+	if !said {
+		n.cfg.Log.Warn("slots together may fill the host's table of flows: raise net.netfilter.nf_conntrack_max",
+			zap.Int("slots", slots), zap.Uint32("flows_per_slot", n.cfg.MaxFlows), zap.Uint64("flows", limit))
+	}
 }
 
 // Release removes slot index, whole or half made, ours or a dead process's; one that does not exist is no error. It goes on
@@ -417,7 +472,7 @@ func (n *Network) Release(_ context.Context, index int) error {
 	}
 	err = errors.Join(
 		inNetNS(n.home, func() error {
-			return errors.Join(n.removeFromTable(p), removeLink(p.hostDev), forgetFlows(p))
+			return errors.Join(n.removeFromTable(p), removeLink(p.hostDev), n.forgetFlows(p))
 		}),
 		removeNetNS(p.netns),
 	)
@@ -447,39 +502,13 @@ func removeLink(name string) error {
 }
 
 // forgetFlows makes the host forget the flows of a slot that is gone, so that late answers to them find nobody: the next tenant of
-// the slot has the same addresses. Looking costs a walk through the host's table of flows, so it happens once.
-func forgetFlows(p plan) error {
-	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
-	if err != nil {
-		return fmt.Errorf("open netlink: %w", err)
-	}
-	defer h.Close()
-	flows, err := h.ConntrackTableList(netlink.ConntrackTable, unix.AF_UNSPEC)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return fmt.Errorf("list tracked flows: %w", err)
-	}
+// the slot has the same addresses.
+func (n *Network) forgetFlows(p plan) error {
 	var failed []error
-	forgotten := map[uint8]bool{}
-	for _, flow := range flows {
-		if forgotten[flow.FamilyType] || !flowsOf(p).MatchConntrackFlow(flow) {
-			continue
-		}
-		forgotten[flow.FamilyType] = true
-		_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(flow.FamilyType), flowsOf(p))
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			failed = append(failed, fmt.Errorf("delete tracked flows: %w", err))
-		}
+	for _, addr := range n.addrs(p.guest, p.guest6) {
+		failed = append(failed, netfilter.ForgetFlows(addr))
 	}
 	return errors.Join(failed...)
-}
-
-// flowsOf picks the flows that a slot began.
-type flowsOf plan
-
-// MatchConntrackFlow is netlink's filter interface.
-func (p flowsOf) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
-	src, _ := netip.AddrFromSlice(flow.Forward.SrcIP)
-	return src == p.guest || src == p.guest6
 }
 
 // removeNetNS unmounts until nothing is mounted, because a crash between two attempts can leave one over another.
@@ -500,10 +529,19 @@ func removeNetNS(path string) error {
 }
 
 // List returns the indexes of which anything exists on this host, in order: namespaces and host devices.
-func (n *Network) List(ctx context.Context) ([]int, error) {
+func (n *Network) List(ctx context.Context) (indexes []int, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	err = inNetNS(n.home, func() error {
+		indexes, err = n.list()
+		return err
+	})
+	return indexes, err
+}
+
+// list runs in the home namespace.
+func (n *Network) list() ([]int, error) {
 	entries, err := os.ReadDir(netnsDir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -514,20 +552,14 @@ func (n *Network) List(ctx context.Context) ([]int, error) {
 			indexes = append(indexes, index)
 		}
 	}
-	err = inNetNS(n.home, func() error {
-		devices, err := net.Interfaces()
-		if err != nil {
-			return fmt.Errorf("list devices: %w", err)
-		}
-		for _, dev := range devices {
-			if index, ok := n.cfg.index(dev.Name); ok {
-				indexes = append(indexes, index)
-			}
-		}
-		return nil
-	})
+	devices, err := net.Interfaces()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	for _, dev := range devices {
+		if index, ok := n.cfg.index(dev.Name); ok {
+			indexes = append(indexes, index)
+		}
 	}
 	slices.Sort(indexes)
 	return slices.Compact(indexes), nil

@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-edge/sluice/internal/lab"
@@ -542,4 +544,111 @@ func TestForwardingRestored(t *testing.T) {
 	})
 	closeIt(open(l.Prefix()))
 	want("where it was on already", "1")
+}
+
+// TestFlushedRuleset: somebody flushes the host's rules, or part of them. Creating slots failed from then on, and those that were
+// there had neither their way out nor the second fence.
+func TestFlushedRuleset(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l)
+	slot := acquire(t, n, 3)
+	reach := func() (err error) {
+		if enterErr := lab.Enter(slot.NetNS, func() {
+			var conn net.Conn
+			if conn, err = net.DialTimeout("tcp", "1.1.1.1:7", patience); err == nil {
+				conn.Close()
+			}
+		}); enterErr != nil {
+			t.Fatal(enterErr)
+		}
+		return err
+	}
+	if err := n.Setup(t.Context()); err != nil { // the second one writes the notes where later ones will
+		t.Fatal(err)
+	}
+	whole := snapshot(t, l, n)
+	table := "inet " + n.cfg.tableName()
+	for _, command := range []string{
+		"flush ruleset", "delete table " + table, "flush table " + table, "flush chain " + table + " from_slot",
+		"flush set " + table + " slots6", "flush set " + table + " private4", "add rule " + table + " input accept",
+	} {
+		out, err := l.Host.Command(t.Context(), "nft", strings.Fields(command)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("nft %s: %v\n%s", command, err, out)
+		}
+		if err := n.Maintain(t.Context()); err != nil {
+			t.Fatalf("Maintain after %s: %v", command, err)
+		}
+		if got := snapshot(t, l, n); got != whole {
+			t.Errorf("Maintain after %s left\n%s\nwant\n%s", command, got, whole)
+		}
+		if err := reach(); err != nil {
+			t.Errorf("after %s and Maintain the slot's way out: %v", command, err)
+		}
+	}
+
+	made := n.made
+	if err := n.Maintain(t.Context()); err != nil || n.made != made {
+		t.Errorf("Maintain of a whole table: %v, and replaced it: %v", err, n.made != made)
+	}
+	if out, err := l.Host.Command(t.Context(), "nft", "flush", "ruleset").CombinedOutput(); err != nil {
+		t.Fatalf("nft flush ruleset: %v\n%s", err, out)
+	}
+	acquire(t, n, 4) // without Maintain
+	if err := reach(); err != nil {
+		t.Errorf("after a flush and another Acquire the first slot's way out: %v", err)
+	}
+	before := n.made
+	if err := n.Maintain(t.Context()); err != nil || n.made != before {
+		t.Errorf("Maintain after Acquire put the table back: %v, and replaced it: %v", err, n.made != before)
+	}
+}
+
+// TestSetupBesideAcquire: a Setup that began before an Acquire does not take the slot out of the table again.
+func TestSetupBesideAcquire(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l)
+	var wg sync.WaitGroup
+	for index := range 6 {
+		wg.Go(func() {
+			if _, err := n.Acquire(t.Context(), index); err != nil {
+				t.Error(err)
+			}
+		})
+		t.Cleanup(func() {
+			if err := n.Release(context.Background(), index); err != nil {
+				t.Error(err)
+			}
+		})
+		wg.Go(func() {
+			if err := n.Setup(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if err := inNetNS(n.home, func() error {
+		n.tableMu.Lock()
+		defer n.tableMu.Unlock()
+		whole, err := n.wholeLocked()
+		if !whole {
+			t.Error("a slot is not in the table")
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestTooManySlotsForTheTable: the node says once that its slots may have more flows than the host tracks.
+func TestTooManySlotsForTheTable(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l)
+	core, logs := observer.New(zap.WarnLevel)
+	n.cfg.Log, n.cfg.MaxFlows = zap.New(core), 1<<30
+	acquire(t, n, 0)
+	acquire(t, n, 1)
+	if logs.Len() != 1 {
+		t.Errorf("logged %d warnings, want one: %v", logs.Len(), logs.All())
+	}
 }

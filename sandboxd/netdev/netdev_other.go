@@ -19,6 +19,12 @@ func New(Config) (*Network, error) { return nil, errNotLinux }
 // Setup fails like New.
 func (n *Network) Setup(context.Context) error { return errNotLinux }
 
+// Maintain fails like New.
+func (n *Network) Maintain(context.Context) error { return errNotLinux }
+
+// Path is of nothing: there are no slots.
+func (n *Network) Path(int) string { return "" }
+
 // Close fails like New.
 func (n *Network) Close(context.Context) error { return errNotLinux }
 

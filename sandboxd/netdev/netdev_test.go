@@ -32,6 +32,17 @@ func TestPlan(t *testing.T) {
 	}
 }
 
+// TestPath: the path of a slot is known before there is one.
+func TestPath(t *testing.T) {
+	cfg, err := Config{NamePrefix: "sl2"}.withDefaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := (&Network{cfg: cfg}).Path(17); got != "/run/netns/sl2-17" {
+		t.Errorf("Path(17) = %q", got)
+	}
+}
+
 func TestNames(t *testing.T) {
 	cfg, err := Config{NamePrefix: "sl2"}.withDefaults()
 	if err != nil {

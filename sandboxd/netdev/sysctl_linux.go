@@ -86,8 +86,8 @@ var forwarding = []struct{ path, note string }{
 	{"ipv6/conf/all/forwarding", "restore_ip6_forward"},
 }
 
-// enableForwarding runs in the home namespace, after the table is in place: nothing of ours is ever forwarded without it.
-func (n *Network) enableForwarding() error {
+// enableForwardingLocked runs in the home namespace, after the table is in place: nothing of ours is ever forwarded without it.
+func (n *Network) enableForwardingLocked() error {
 	for _, f := range forwarding {
 		if !n.ipv6 && strings.HasPrefix(f.path, "ipv6/") {
 			continue
@@ -104,7 +104,7 @@ func (n *Network) enableForwarding() error {
 				return err
 			}
 		}
-		if err := n.addNote(f.note); err != nil {
+		if err := n.addNoteLocked(f.note); err != nil {
 			return fmt.Errorf("note that %s was off: %w", f.path, err)
 		}
 		if err := writeSysctls([]sysctl{{path: f.path, value: "1"}}); err != nil {

@@ -22,6 +22,7 @@ import (
 //	set slots4 { type ifname . ipv4_addr }      # sl-0 . 10.12.0.1
 //	set slots6 { type ifname . ipv6_addr }
 //	set private4, private6 { flags interval }   # nothing of a slot goes there, whatever its own rules say
+//	set flows { type ifname; flags dynamic }    # how many each slot has in the host's table of flows
 //	chain spoofed { hook prerouting priority raw
 //		iifname "sl-*" meta nfproto ipv4 iifname . ip saddr != @slots4 drop
 //		iifname "sl-*" meta nfproto ipv6 iifname . ip6 saddr != @slots6 drop }
@@ -35,6 +36,8 @@ import (
 //		ip daddr @private4 drop
 //		ip6 daddr @private6 drop
 //		ct state invalid drop                    # would leave with the slot's own address
+//		ct status confirmed accept
+//		ct state new add @flows { iifname ct count over 16384 } drop
 //		accept }
 //	chain to_slot {
 //		ct state established,related accept
@@ -84,11 +87,41 @@ func ifname(dev string) []byte {
 	return b
 }
 
-// replaceTable puts the table in place in one transaction, with these slots in it. It keeps the notes of the one before.
-func (n *Network) replaceTable(indexes []int) error {
+func flowSet(t *nftables.Table) *nftables.Set {
+	return &nftables.Set{Table: t, Name: "flows", Dynamic: true, KeyType: nftables.TypeIFName}
+}
+
+func privateSet(t *nftables.Table, v6 bool) *nftables.Set {
+	if v6 {
+		return &nftables.Set{Table: t, Name: "private6", Interval: true, KeyType: nftables.TypeIP6Addr}
+	}
+	return &nftables.Set{Table: t, Name: "private4", Interval: true, KeyType: nftables.TypeIPAddr}
+}
+
+// setupLocked runs in the home namespace. It puts the table in place in one transaction, with the slots that exist in it and the
+// notes of the one before, lets the kernel forward, and remembers what it made.
+func (n *Network) setupLocked() error {
+	indexes, err := n.list()
+	if err != nil {
+		return err
+	}
+	if err := n.replaceTableLocked(indexes); err != nil {
+		return fmt.Errorf("replace host table %s: %w", n.cfg.tableName(), err)
+	}
+	if err := n.enableForwardingLocked(); err != nil {
+		return err
+	}
+	n.made, err = n.tableState()
+	return err
+}
+
+func (n *Network) replaceTableLocked(indexes []int) error {
 	notes, err := n.notes(n.cfg.tableName())
 	if err != nil {
 		return err
+	}
+	for _, note := range notes {
+		n.noteLocked(note)
 	}
 	conn, err := netfilter.NewConn()
 	if err != nil {
@@ -98,10 +131,14 @@ func (n *Network) replaceTable(indexes []int) error {
 	conn.AddTable(table) // so that there is one to delete
 	conn.DelTable(table)
 	conn.AddTable(table)
-	for _, note := range notes {
+	for _, note := range n.noted {
 		conn.AddChain(&nftables.Chain{Table: table, Name: note})
 	}
-	slots4, slots6 := slotSet(table, false), slotSet(table, true)
+	sets := hostSets{
+		slots4: slotSet(table, false), slots6: slotSet(table, true),
+		private4: privateSet(table, false), private6: privateSet(table, true),
+		flows: flowSet(table),
+	}
 	var elements4, elements6 []nftables.SetElement
 	for _, index := range indexes {
 		p, err := n.cfg.plan(index)
@@ -111,18 +148,105 @@ func (n *Network) replaceTable(indexes []int) error {
 		elements4 = append(elements4, slotElement(p.hostDev, p.guest)...)
 		elements6 = append(elements6, slotElement(p.hostDev, p.guest6)...)
 	}
-	private4, private6, err := addPrivateSets(conn, table)
+	private4, private6, err := privateElements()
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(conn.AddSet(slots4, elements4), conn.AddSet(slots6, elements6)); err != nil {
+	err = errors.Join(
+		conn.AddSet(sets.slots4, elements4), conn.AddSet(sets.slots6, elements6),
+		conn.AddSet(sets.private4, private4), conn.AddSet(sets.private6, private6),
+		conn.AddSet(sets.flows, nil),
+	)
+	if err != nil {
 		return err
 	}
-	n.addRules(conn, table, slots4, slots6, private4, private6)
+	n.addRules(conn, table, sets)
 	return conn.Flush()
 }
 
-func (n *Network) addRules(conn *nftables.Conn, table *nftables.Table, slots4, slots6, private4, private6 *nftables.Set) {
+// tableState tells one state of the table from another: by its chains, the handles of their rules, which the kernel gives out once,
+// and the number of private ranges. It is empty without a table. Slots come and go without changing it.
+func (n *Network) tableState() (string, error) {
+	conn, err := netfilter.NewConn()
+	if err != nil {
+		return "", err
+	}
+	chains, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return "", fmt.Errorf("list chains: %w", err)
+	}
+	var state strings.Builder
+	for _, chain := range chains {
+		if chain.Table.Name != n.cfg.tableName() || isNote(chain.Name) {
+			continue
+		}
+		rules, err := conn.GetRules(n.table(), chain)
+		if err != nil {
+			return "", fmt.Errorf("list rules of %s: %w", chain.Name, err)
+		}
+		state.WriteString(chain.Name)
+		for _, rule := range rules {
+			fmt.Fprintf(&state, " %d", rule.Handle)
+		}
+		state.WriteByte('\n')
+	}
+	if state.Len() == 0 {
+		return "", nil
+	}
+	for _, v6 := range []bool{false, true} {
+		elements, err := conn.GetSetElements(privateSet(n.table(), v6))
+		if err != nil {
+			return "", fmt.Errorf("read private ranges: %w", err)
+		}
+		fmt.Fprintln(&state, len(elements))
+	}
+	return state.String(), nil
+}
+
+// wholeLocked reports whether the table is as setupLocked made it, and has every slot that we know in it.
+func (n *Network) wholeLocked() (bool, error) {
+	state, err := n.tableState()
+	if errors.Is(err, unix.ENOENT) { // it is going
+		return false, nil
+	}
+	if err != nil || state == "" || state != n.made {
+		return false, err
+	}
+	conn, err := netfilter.NewConn()
+	if err != nil {
+		return false, err
+	}
+	there := map[string]bool{}
+	for _, v6 := range []bool{false, true} {
+		elements, err := conn.GetSetElements(slotSet(n.table(), v6))
+		if errors.Is(err, unix.ENOENT) {
+			return false, nil
+		}
+		if err != nil {
+			return false, fmt.Errorf("read slots: %w", err)
+		}
+		for _, e := range elements {
+			there[string(e.Key)] = true
+		}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for index := range n.slots {
+		p, err := n.cfg.plan(index)
+		if err != nil {
+			return false, err
+		}
+		if !there[string(slotElement(p.hostDev, p.guest)[0].Key)] || !there[string(slotElement(p.hostDev, p.guest6)[0].Key)] {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// hostSets are the sets that the rules refer to.
+type hostSets struct{ slots4, slots6, private4, private6, flows *nftables.Set }
+
+func (n *Network) addRules(conn *nftables.Conn, table *nftables.Table, sets hostSets) {
 	drop, accept := &expr.Verdict{Kind: expr.VerdictDrop}, &expr.Verdict{Kind: expr.VerdictAccept}
 	chain := func(name string, typ nftables.ChainType, hook *nftables.ChainHook, priority *nftables.ChainPriority) *nftables.Chain {
 		return conn.AddChain(&nftables.Chain{Table: table, Name: name, Type: typ, Hooknum: hook, Priority: priority})
@@ -136,19 +260,21 @@ func (n *Network) addRules(conn *nftables.Conn, table *nftables.Table, slots4, s
 	notTo := n.device(expr.MetaKeyOIFNAME, expr.CmpOpNeq)
 
 	spoofed := chain("spoofed", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw)
-	rule(spoofed, from, notOf(slots4, false), end(drop))
-	rule(spoofed, from, notOf(slots6, true), end(drop))
+	rule(spoofed, from, notOf(sets.slots4, false), end(drop))
+	rule(spoofed, from, notOf(sets.slots6, true), end(drop))
 
 	input := chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter)
 	rule(input, from, end(drop))
 
 	fromSlot, toSlot := chain("from_slot", "", nil, nil), chain("to_slot", "", nil, nil)
 	rule(fromSlot, to, end(drop))
-	rule(fromSlot, daddrIn(private4, false), end(drop))
-	rule(fromSlot, daddrIn(private6, true), end(drop))
-	rule(fromSlot, ctState(expr.CtStateBitINVALID), end(drop))
+	rule(fromSlot, daddrIn(sets.private4, false), end(drop))
+	rule(fromSlot, daddrIn(sets.private6, true), end(drop))
+	rule(fromSlot, flowHas(expr.CtKeySTATE, expr.CtStateBitINVALID), end(drop))
+	rule(fromSlot, flowHas(expr.CtKeySTATUS, statusConfirmed), end(accept)) // counted when it began
+	rule(fromSlot, flowHas(expr.CtKeySTATE, expr.CtStateBitNEW), n.tooMany(sets.flows), end(drop))
 	rule(fromSlot, end(accept))
-	rule(toSlot, ctState(expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), end(accept))
+	rule(toSlot, flowHas(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), end(accept))
 	rule(toSlot, end(drop))
 
 	forward := chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
@@ -221,15 +347,29 @@ func saddrIn(p netip.Prefix) []expr.Any {
 	)
 }
 
-func ctState(bits uint32) []expr.Any {
+// statusConfirmed is the kernel's IPS_CONFIRMED: a packet of the flow has passed all hooks.
+const statusConfirmed = 1 << 3
+
+// flowHas matches packets of flows that have one of these bits.
+func flowHas(key expr.CtKey, bits uint32) []expr.Any {
 	return []expr.Any{
-		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+		&expr.Ct{Key: key, Register: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
 	}
 }
 
-func addPrivateSets(conn *nftables.Conn, table *nftables.Table) (v4, v6 *nftables.Set, err error) {
+// tooMany counts a flow of the device that it comes from, and matches when there are more than a slot may have.
+func (n *Network) tooMany(flows *nftables.Set) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+		&expr.Dynset{SrcRegKey: 1, SetName: flows.Name, SetID: flows.ID, Operation: unix.NFT_DYNSET_OP_ADD,
+			Exprs: []expr.Any{&expr.Connlimit{Count: n.cfg.MaxFlows, Flags: expr.NFT_CONNLIMIT_F_INV}}},
+	}
+}
+
+// privateElements are the elements of the private sets.
+func privateElements() (v4, v6 []nftables.SetElement, err error) {
 	var builder netipx.IPSetBuilder
 	for _, p := range private {
 		builder.AddPrefix(p)
@@ -238,9 +378,6 @@ func addPrivateSets(conn *nftables.Conn, table *nftables.Table) (v4, v6 *nftable
 	if err != nil {
 		return nil, nil, err
 	}
-	v4 = &nftables.Set{Table: table, Name: "private4", Interval: true, KeyType: nftables.TypeIPAddr}
-	v6 = &nftables.Set{Table: table, Name: "private6", Interval: true, KeyType: nftables.TypeIP6Addr}
-	var elements4, elements6 []nftables.SetElement
 	for _, r := range all.Ranges() {
 		start := nftables.SetElement{Key: r.From().AsSlice()}
 		interval := []nftables.SetElement{start}
@@ -251,50 +388,81 @@ func addPrivateSets(conn *nftables.Conn, table *nftables.Table) (v4, v6 *nftable
 			interval[0].IntervalOpen = true
 		}
 		if r.From().Is4() {
-			elements4 = append(elements4, interval...)
+			v4 = append(v4, interval...)
 		} else {
-			elements6 = append(elements6, interval...)
+			v6 = append(v6, interval...)
 		}
 	}
-	return v4, v6, errors.Join(conn.AddSet(v4, elements4), conn.AddSet(v6, elements6))
+	return v4, v6, nil
 }
 
-// addToTable lets a slot's addresses pass; it may be there already.
-func (n *Network) addToTable(p plan) error { return n.editSets(p, (*nftables.Conn).SetAddElements) }
-
-// removeFromTable undoes addToTable. Neither the elements nor the table need exist.
-func (n *Network) removeFromTable(p plan) error {
-	err := n.editSets(p, (*nftables.Conn).SetDestroyElements)
-	if errors.Is(err, unix.ENOENT) {
-		return nil
-	}
-	return err
-}
-
-func (n *Network) editSets(p plan, edit func(*nftables.Conn, *nftables.Set, []nftables.SetElement) error) error {
+// addToTable lets a slot's addresses pass; it may be there already. Without a table to add it to it puts the whole table back.
+func (n *Network) addToTable(p plan) error {
+	n.tableMu.Lock()
+	defer n.tableMu.Unlock()
 	conn, err := netfilter.NewConn()
 	if err != nil {
 		return err
 	}
 	table := n.table()
 	err = errors.Join(
-		edit(conn, slotSet(table, false), slotElement(p.hostDev, p.guest)),
-		edit(conn, slotSet(table, true), slotElement(p.hostDev, p.guest6)),
+		conn.SetAddElements(slotSet(table, false), slotElement(p.hostDev, p.guest)),
+		conn.SetAddElements(slotSet(table, true), slotElement(p.hostDev, p.guest6)),
 	)
 	if err != nil {
 		return err
 	}
-	return conn.Flush()
+	err = conn.Flush()
+	if errors.Is(err, unix.ENOENT) {
+		n.cfg.Log.Warn("host table of the slots is gone: putting it back")
+		return n.setupLocked() // which finds this slot's namespace
+	}
+	return err
 }
 
-// addNote leaves an empty chain in the table.
-func (n *Network) addNote(note string) error {
+// removeFromTable undoes addToTable, and forgets the slot's count of flows. Neither the elements nor the table need exist.
+func (n *Network) removeFromTable(p plan) error {
+	n.tableMu.Lock()
+	defer n.tableMu.Unlock()
+	conn, err := netfilter.NewConn()
+	if err != nil {
+		return err
+	}
+	table := n.table()
+	err = errors.Join(
+		conn.SetDestroyElements(slotSet(table, false), slotElement(p.hostDev, p.guest)),
+		conn.SetDestroyElements(slotSet(table, true), slotElement(p.hostDev, p.guest6)),
+		conn.SetDestroyElements(flowSet(table), []nftables.SetElement{{Key: ifname(p.hostDev)}}),
+	)
+	if err != nil {
+		return err
+	}
+	if err := conn.Flush(); !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil
+}
+
+// addNoteLocked leaves an empty chain in the table.
+func (n *Network) addNoteLocked(note string) error {
 	conn, err := netfilter.NewConn()
 	if err != nil {
 		return err
 	}
 	conn.AddChain(&nftables.Chain{Table: n.table(), Name: note})
+	n.noteLocked(note)
 	return conn.Flush()
+}
+
+// noteLocked remembers a note, for a table that somebody flushes.
+func (n *Network) noteLocked(note string) {
+	if !slices.Contains(n.noted, note) {
+		n.noted = append(n.noted, note)
+	}
+}
+
+func isNote(chain string) bool {
+	return slices.ContainsFunc(forwarding, func(f struct{ path, note string }) bool { return f.note == chain })
 }
 
 // notes returns the notes in a node's table, none when there is no such table.
@@ -308,8 +476,7 @@ func (n *Network) notes(tableName string) (notes []string, err error) {
 		return nil, fmt.Errorf("list chains: %w", err)
 	}
 	for _, chain := range chains {
-		isNote := slices.ContainsFunc(forwarding, func(f struct{ path, note string }) bool { return f.note == chain.Name })
-		if chain.Table.Name == tableName && isNote {
+		if chain.Table.Name == tableName && isNote(chain.Name) {
 			notes = append(notes, chain.Name)
 		}
 	}
@@ -319,6 +486,8 @@ func (n *Network) notes(tableName string) (notes []string, err error) {
 // removeTable deletes the table and puts forwarding back. Another node's table on this host means that it is still needed: then
 // that one inherits the notes, and the last to go restores.
 func (n *Network) removeTable() error {
+	n.tableMu.Lock()
+	defer n.tableMu.Unlock()
 	notes, err := n.notes(n.cfg.tableName())
 	if err != nil {
 		return err

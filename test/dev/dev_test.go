@@ -181,7 +181,11 @@ func TestKilledSystemFindsItsSandboxes(t *testing.T) {
 	sb := s.create()
 	s.serves(sb)
 	s.dev.Kill(t)
+	before := s.key
 	s.start(nil, program)
+	if s.key != before {
+		t.Error("the API key is another one after a restart: what was exported in other terminals is not true any more")
+	}
 	s.awaitStatus(sb, http.StatusOK)
 	if status, body := s.call("GET", "/sandboxes/"+sb.SandboxID, map[string]string{"X-API-Key": s.key}, ""); status != http.StatusOK {
 		t.Errorf("GET the sandbox = %d %s, want 200", status, body)
