@@ -15,7 +15,7 @@ FUZZTIME ?= 20s
 RUN_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: all run test build lint race fuzz bench generate setup clean help
+.PHONY: all run test test-vm build lint race fuzz bench generate setup clean help
 
 all: build lint test ## build, lint and test
 
@@ -24,6 +24,9 @@ run: build ## start everything on this machine: edge, node and store in one proc
 
 test: setup build ## install what the tests need and run all of them
 	$(GO) run $(GOTESTSUM) --format pkgname-and-test-fails --hide-summary=output -- -timeout 30m -count=1 ./...
+
+test-vm: setup ## only the tests of virtual machines: the fake hypervisor, and the real one where it can be had
+	$(GO) run $(GOTESTSUM) --format testname -- -timeout 30m -count=1 ./sandboxd/vmm/... ./internal/lab/...
 
 build: ## build the four programs into bin/
 	@mkdir -p bin
@@ -56,4 +59,4 @@ clean: ## remove what building and testing left in the tree
 	rm -rf bin .build test/sdk/js/node_modules
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'

@@ -13,3 +13,13 @@ func New(t testing.TB) *Lab {
 	t.Skip("the network laboratory needs Linux and root")
 	return nil
 }
+
+// InKVM skips the test.
+func InKVM(t *testing.T) bool {
+	t.Helper()
+	t.Skip("VM tests need Linux")
+	return false
+}
+
+// CloseNested does nothing: there is no nested host here.
+func CloseNested() {}
