@@ -41,6 +41,7 @@ type edge struct {
 
 	mu    sync.Mutex // guards the fields below
 	ports map[life]map[uint16]string
+	wrap  func(link.Target, net.Conn) net.Conn // around what dial opens; nil: nothing
 	dials int
 }
 
@@ -96,6 +97,7 @@ func (e *edge) dial(ctx context.Context, target link.Target) (net.Conn, error) {
 	e.dials++
 	ports, here := e.ports[life{target.Sandbox, target.Generation}]
 	addr, open := ports[target.Port]
+	wrap := e.wrap
 	e.mu.Unlock()
 	switch {
 	case !here:
@@ -103,7 +105,11 @@ func (e *edge) dial(ctx context.Context, target link.Target) (net.Conn, error) {
 	case !open:
 		return nil, &link.VerdictError{Verdict: link.PortClosed}
 	}
-	return new(net.Dialer).DialContext(ctx, "tcp", addr)
+	nc, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+	if err == nil && wrap != nil {
+		nc = wrap(target, nc)
+	}
+	return nc, err
 }
 
 // sandbox publishes a route; ports says who listens on which.

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -885,6 +886,75 @@ func TestEarlyAnswerWithoutReading(t *testing.T) {
 			_, _ = io.ReadAll(c.br) // it ends, in whichever way
 		})
 	}
+}
+
+// A sandbox answers and reads no more while the last piece of the body is being written to it: that is its own affair. The body
+// has been read to its end, so the client gets the answer, and that to its next request, which is to another sandbox.
+func TestBlockedLastPieceDoesNotHoldTheNextRequest(t *testing.T) {
+	for name, tt := range map[string]struct{ head, tail string }{
+		"length":  {"Content-Length: %d\r\n\r\n", ""},
+		"chunked": {"Transfer-Encoding: chunked\r\n\r\n%x\r\n", "\r\n0\r\n\r\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ended, blocked := make(chan struct{}), make(chan struct{})
+			defer close(ended)
+			deaf := scripted(t, func(b *backend, c *rawConn, _ int) {
+				b.head(c)
+				<-blocked
+				c.write("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+				<-ended
+			})
+			next := echoHead(t)
+			e := startEdge(t)
+			e.sandbox(t, routing.Route{Sandbox: "ideaf"}, map[uint16]string{3000: deaf.addr})
+			e.sandbox(t, routing.Route{Sandbox: "inext"}, map[uint16]string{3000: next.addr})
+			const size = 40000
+			first := "POST / HTTP/1.1\r\nHost: 3000-ideaf.sluice.test\r\n" + fmt.Sprintf(tt.head, size) + strings.Repeat("x", size) + tt.tail
+			_, body, _ := strings.Cut(first, "\r\n\r\n")
+			e.mu.Lock()
+			e.wrap = func(target link.Target, nc net.Conn) net.Conn {
+				if target.Sandbox != "ideaf" {
+					return nc
+				}
+				return &fullConn{Conn: nc, body: len(body), blocked: blocked, deadline: make(chan struct{})}
+			}
+			e.mu.Unlock()
+			c := e.connect(t)
+			c.write(first + "GET /next HTTP/1.1\r\nHost: 3000-inext.sluice.test\r\n\r\n")
+			c.expect("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+			if _, body := c.response("GET"); !strings.HasPrefix(body, "GET /next ") {
+				t.Errorf("the next request: %q", body)
+			}
+		})
+	}
+}
+
+// fullConn is a connection to a server whose buffers have no room for the end of a body: that write waits for its deadline.
+type fullConn struct {
+	net.Conn
+	head     bool          // is written
+	body     int           // bytes to come
+	blocked  chan struct{} // closed when a write waits
+	deadline chan struct{}
+}
+
+func (c *fullConn) Write(p []byte) (int, error) {
+	body := p
+	if !c.head {
+		c.head = true
+		_, body, _ = bytes.Cut(p, []byte("\r\n\r\n"))
+	}
+	if c.body -= len(body); c.body > 0 {
+		return c.Conn.Write(p)
+	}
+	close(c.blocked)
+	<-c.deadline
+	return 0, os.ErrDeadlineExceeded
+}
+
+func (c *fullConn) SetDeadline(time.Time) error {
+	close(c.deadline)
+	return nil
 }
 
 func TestBodyTimeout(t *testing.T) {

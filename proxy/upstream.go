@@ -579,7 +579,7 @@ func (x *exchange) finish() error {
 	complete, _ := x.finishBody(lastPartPatience) // the answer is out; what became of the body decides about the connections only
 	clean := x.r == x.w && complete && x.answer.persistent() && !x.c.head.http10
 	hadBody := x.c.head.framing == framingChunked || x.c.head.length > 0
-	if !complete {
+	if !complete && !x.lastPart.Load() { // what is left of the body cannot be told from the next request
 		x.keep = false
 		x.c.linger()
 	}
