@@ -41,6 +41,9 @@ func (a *answerHead) parse(b []byte, noBody bool) error {
 	if a.http10 && a.has(fieldTransferEncoding) {
 		return malformed("Transfer-Encoding in HTTP/1.0")
 	}
+	if (status < 200 || status == 204) && (a.framing == framingChunked || a.length > 0) {
+		a.close = true // such an answer has no body, but who announces one may send one: where the next begins is not known
+	}
 	switch {
 	case noBody, status < 200, status == 204, status == 304:
 		a.framing = framingNone // whatever Content-Length says: it speaks of the answer to a GET
@@ -63,6 +66,18 @@ func (a *answerHead) persistent() bool {
 	return !a.close
 }
 
+// misframed tells whether a line speaks of a body where there is none by RFC 9112, 6.1 and RFC 9110, 8.6. We know that; a
+// proxy in front of us may wait for it. In a 304, as in the answer to a HEAD, Content-Length speaks of another answer.
+func (a *answerHead) misframed(f field) bool {
+	switch {
+	case a.status < 200, a.status == 204:
+		return f == fieldContentLength || f == fieldTransferEncoding
+	case a.status == 304:
+		return f == fieldTransferEncoding
+	}
+	return false
+}
+
 // answerRewrite is what changes in an answer.
 type answerRewrite struct {
 	mask     []byte // the Host that the sandbox saw; empty: nothing was masked
@@ -78,6 +93,11 @@ func (a *answerHead) untouched(rw *answerRewrite) bool {
 	if a.http10 || rw.close || rw.keep || rw.protocol ||
 		a.has(fieldConnection) || a.has(fieldHopByHop) || a.has(fieldUpgrade) || a.has(fieldTE) {
 		return false
+	}
+	for _, f := range [...]field{fieldContentLength, fieldTransferEncoding} {
+		if a.has(f) && a.misframed(f) {
+			return false
+		}
 	}
 	return len(rw.mask) == 0 || !a.has(fieldLocation) && !a.has(fieldSetCookie) && !a.has(fieldAllowOrigin)
 }
@@ -95,6 +115,10 @@ func (a *answerHead) appendAnswer(dst []byte, rw *answerRewrite) []byte {
 			}
 		case fieldConnection, fieldHopByHop, fieldTE:
 			continue
+		case fieldContentLength, fieldTransferEncoding:
+			if a.misframed(l.field) {
+				continue
+			}
 		case fieldUpgrade:
 			// An offer (RFC 9110, 7.8) may be one that we would not carry, and an agreement is said below. Only a 426 is
 			// nothing without it.

@@ -82,6 +82,16 @@ func TestRequestHeadOnTheWire(t *testing.T) {
 			"GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\n",
 		},
 		{
+			"nor under its other name", "3000-isv.sluice.test",
+			"GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nConnection: Upgrade\r\nUpgrade: H2\r\n",
+			"GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\n",
+		},
+		{
+			"no switch to one of several protocols", "3000-isv.sluice.test",
+			"GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nConnection: Upgrade\r\nUpgrade: websocket, h2c\r\n",
+			"GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\n",
+		},
+		{
 			"no tunnel to envd", "49983-masked.sluice.test",
 			"GET / HTTP/1.1\r\nHost: 49983-masked.sluice.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n",
 			"GET / HTTP/1.1\r\nHost: 49983-masked.sluice.test\r\n",

@@ -135,6 +135,7 @@ func TestAnswersOnTheWire(t *testing.T) {
 		name, method, answer, want string
 		closes                     bool // the client's connection ends
 		fresh                      bool // the sandbox's connection is not used again
+		dirty                      bool // nor is this one, which the sandbox would keep
 	}{
 		{name: "length", method: "GET", answer: "HTTP/1.1 200 OK\r\ncontent-LENGTH: 5\r\nx-oDD: 1\r\n\r\nhello"},
 		{name: "pitfall 2: HEAD", method: "HEAD", answer: "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"},
@@ -142,6 +143,18 @@ func TestAnswersOnTheWire(t *testing.T) {
 		{name: "pitfall 2: HEAD without framing", method: "HEAD", answer: "HTTP/1.1 200 OK\r\n\r\n"},
 		{name: "pitfall 2: 204", method: "GET", answer: "HTTP/1.1 204 No Content\r\n\r\n"},
 		{name: "pitfall 2: 304 with a length", method: "GET", answer: "HTTP/1.1 304 Not Modified\r\nContent-Length: 99\r\nETag: \"a\"\r\n\r\n"},
+		{name: "204 that announces a body", method: "GET", dirty: true,
+			answer: "HTTP/1.1 204 No Content\r\nContent-Length: 5\r\nX-A: b\r\n\r\n",
+			want:   "HTTP/1.1 204 No Content\r\nX-A: b\r\n\r\n"},
+		{name: "204 that announces none", method: "GET",
+			answer: "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n",
+			want:   "HTTP/1.1 204 No Content\r\n\r\n"},
+		{name: "204 that announces chunks", method: "GET", dirty: true,
+			answer: "HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n",
+			want:   "HTTP/1.1 204 No Content\r\n\r\n"},
+		{name: "304 of a chunked answer", method: "GET",
+			answer: "HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n",
+			want:   "HTTP/1.1 304 Not Modified\r\n\r\n"},
 		{name: "pitfall 3: chunks pass as they are", method: "GET",
 			answer: "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-T\r\n\r\n1b\r\nabcdefghijklmnopqrstuvwxyz0\r\n0003;ext=\"a b\"\r\n1\r\n\r\n0\r\nX-T: yes\r\n\r\n"},
 		{name: "pitfall 8: nothing is added", method: "GET", answer: "HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n"},
@@ -184,8 +197,12 @@ func TestAnswersOnTheWire(t *testing.T) {
 			}
 			c.write(tt.method + " / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\n\r\n")
 			c.expect(want)
-			if n, fresh := b.conns.Load(), int32(2); tt.fresh && n != fresh || !tt.fresh && n != 1 {
-				t.Errorf("the sandbox saw %d connections", n)
+			wantConns := int32(1)
+			if tt.fresh || tt.dirty {
+				wantConns = 2
+			}
+			if n := b.conns.Load(); n != wantConns {
+				t.Errorf("the sandbox saw %d connections, want %d", n, wantConns)
 			}
 		})
 	}
@@ -226,6 +243,20 @@ func TestMalformedAnswers(t *testing.T) {
 				if b.conns.Load() != i+1 {
 					t.Fatal("the connection was used again")
 				}
+			}
+		})
+	}
+}
+
+// A sandbox that switches to what nobody asked for, or does not say to what, gets no tunnel.
+func TestSwitchToAnotherProtocolIsRefused(t *testing.T) {
+	for name, upgrade := range map[string]string{"another": "Upgrade: h2c\r\n", "none": "", "two": "Upgrade: websocket\r\nUpgrade: x\r\n"} {
+		t.Run(name, func(t *testing.T) {
+			e := edgeWith(t, answering(t, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"+upgrade+"\r\n", false))
+			c := e.connect(t)
+			c.write("GET / HTTP/1.1\r\nHost: 3000-isv.sluice.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+			if resp, body := c.response("GET"); resp.StatusCode != 502 {
+				t.Errorf("got %d %s", resp.StatusCode, body)
 			}
 		})
 	}

@@ -107,21 +107,20 @@ func (h *requestHead) checkTarget() error {
 }
 
 // wantsUpgrade returns the protocol to switch to, and nil for an ordinary request. A switch to another HTTP would let the
-// client send requests that nobody decides about, and a request with a body is in no need of one: these are ordinary.
+// client send requests that nobody decides about, a request with a body is in no need of one, and of several protocols we
+// would not know which: these are ordinary.
 func (h *requestHead) wantsUpgrade() []byte {
 	if !h.upgrade || h.http10 || h.framing == framingChunked || h.length > 0 || h.twice[fieldUpgrade] {
 		return nil
 	}
 	protocol := h.get(fieldUpgrade)
-	for list := protocol; list != nil; {
-		var element []byte
-		element, list = nextElement(list)
-		if hasPrefixFold(element, "h2c") || hasPrefixFold(element, "http/") || hasPrefixFold(element, "tls/") {
+	if len(protocol) == 0 || bytes.IndexByte(protocol, ',') >= 0 {
+		return nil
+	}
+	for _, http := range [...]string{"h2", "http/", "tls/"} {
+		if hasPrefixFold(protocol, http) {
 			return nil
 		}
-	}
-	if len(protocol) == 0 {
-		return nil
 	}
 	return protocol
 }

@@ -407,6 +407,9 @@ func (x *exchange) readAnswer() error {
 			if x.rw.protocol == nil {
 				return &fault{reason: ReasonUpstreamMalformed, err: errors.New("unasked 101")}
 			}
+			if x.answer.twice[fieldUpgrade] || !sameFold(x.answer.get(fieldUpgrade), x.rw.protocol) {
+				return &fault{reason: ReasonUpstreamMalformed, err: errors.New("101 to a protocol that was not offered")}
+			}
 			return nil
 		case x.answer.status >= 200:
 			return nil
