@@ -16,7 +16,7 @@ import (
 
 // The root image is erofs without compression, written here. Debian 12's mkfs.erofs and mke2fs both want a directory with every file
 // in place, owner, device and attribute included, so a build would have to unpack hostile archives as root; this writer needs
-// neither root nor a tool, and its output is a function of the tree alone. docs/decisions/0016 has the argument; tests hold the output
+// neither root nor a tool, and its output is a function of the tree alone. docs/decisions/0013 has the argument; tests hold the output
 // to fsck.erofs and the kernel. On-disk format: Linux, fs/erofs/erofs_fs.h.
 const (
 	erofsBlock       = 4096
