@@ -269,6 +269,8 @@ func (m fakeMachine) Destroy(ctx context.Context, p Place, reached func(Step)) e
 	return nil
 }
 
+func (m fakeMachine) Log(Place, int64) ([]byte, error) { return nil, nil }
+
 func (m fakeMachine) Occupied(ctx context.Context) ([]int, error) {
 	if err := m.host.ask(ctx, "occupied"); err != nil {
 		return nil, err

@@ -15,7 +15,7 @@ type Place struct {
 	ID        string
 	Dir       string // private directory of this sandbox; removed by the manager, after everything else
 	Slot      int    // network slot and range of user ids; unique among the sandboxes of this node, NoSlot when unknown
-	Root      string // of the template
+	Root      string // of the template: a directory; "" is the machine's own
 	CPUs      int
 	MemoryMiB int
 	DiskMiB   int
@@ -51,6 +51,50 @@ type Machine interface {
 	Destroy(ctx context.Context, p Place, reached func(Step)) error
 	// Occupied lists the slots of which something exists on the host.
 	Occupied(ctx context.Context) ([]int, error)
+	// Log returns the end of what the sandbox's console and its agent have said, at most max bytes, also after its process has ended
+	// and as long as its directory exists. Nothing was said: no bytes and no error. The sandbox chose every byte of it.
+	Log(p Place, max int64) ([]byte, error)
+}
+
+// Suspender is what a Machine is as well when its sandboxes can be saved and go on later. Where it is missing, a node answers a pause
+// with Invalid.
+//
+// What was saved lies in the directory of the place and is the machine's own business. It is kept by Destroy, which removes what the
+// place has on the host besides it, and goes when the manager removes the directory.
+type Suspender interface {
+	Machine
+	// Suspend saves a running sandbox and ends its process: with memory everything that runs in it, without it the disk alone. It
+	// appears whole or not at all. After an error nothing is saved and the sandbox runs on, unless it is Done. The caller destroys the
+	// place next.
+	Suspend(ctx context.Context, p Place, i Instance, memory bool, reached func(Step)) error
+	// Resume is Start for a place of which a sandbox was saved, in any slot. With saved memory it returns before the sandbox's
+	// first instruction: until Continue nothing of what was saved has changed, so that after an error, or a crash, the caller destroys the
+	// place and the sandbox is paused as before. Without memory the guest boots anew from the disk, and Start's rules hold.
+	Resume(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Suspended, error)
+	// Discard removes the memory that was saved, for a sandbox that has gone on since. It is idempotent.
+	Discard(p Place) error
+	// Snapshot copies a running sandbox, memory and disk, into dir, an empty directory on the file system of the places: from then on it
+	// is a root that Start accepts. The sandbox stands still meanwhile and goes on, also after an error.
+	Snapshot(ctx context.Context, p Place, i Instance, dir string) error
+	// Saved tells how many bytes of disk space what was saved takes.
+	Saved(p Place) (int64, error)
+}
+
+// Suspended is a sandbox that Resume has brought back.
+type Suspended interface {
+	Instance
+	// Memory tells whether the guest's memory was saved: then it knows who it is and only needs Continue. Otherwise it has booted, and
+	// Init follows, as after Start.
+	Memory() bool
+	// Continue lets the guest run, sets its clock, and ends the connections that it still believes in. It is idempotent. When it
+	// fails the guest may have run.
+	Continue(ctx context.Context, r guest.InitRequest) error
+}
+
+// Preparer is what a Machine is as well when a slot can be made ready before a sandbox wants it.
+type Preparer interface {
+	// Prepare makes of a free slot whatever does not depend on the sandbox. Start and Resume find it; Destroy removes it, by its slot.
+	Prepare(ctx context.Context, slot int) error
 }
 
 // Instance is a started sandbox.
