@@ -26,7 +26,8 @@ import (
 
 // Nested is a machine inside this one whose /dev/kvm works, for tests that start VMs where the hardware's own KVM cannot be had: a Debian
 // cloud kernel under an emulated processor that has AMD's virtualization. It is slow, some ten times, but all of it is real. Its file
-// system is memory, its first process is ours, and it has one processor: with two, its kernel locks up now and then.
+// system is memory, with an ext4 disk at NestedDisk for what is large; its first process is ours, and it has one processor: with two,
+// its kernel locks up now and then.
 type Nested struct {
 	addr    string // of its first process, on our loopback
 	console *console
@@ -43,13 +44,18 @@ const (
 	nestedKernel = "/sluice/kernel" // as FindKernel wants it
 )
 
+// NestedDisk is where a nested host has a disk: templates, snapshots and the directories of sandboxes belong there, not into its memory.
+// It is gone with the host.
+const NestedDisk = "/disk"
+
 // The modules that every nested host loads: its own devices, KVM, and what sandboxes are made with. More of them cost a few
 // milliseconds each.
 var nestedModules = []string{
 	"virtio_pci", "virtio_net", "virtio_rng", "virtio_blk", "irqbypass", "kvm", "kvm_amd", "tun", "veth", "dummy", "bridge", "overlay", "ext4",
 	"erofs", "loop", "nf_tables", "nf_conntrack", "nft_ct", "nft_nat", "nft_masq", "nft_reject", "nft_reject_inet", "nft_limit", "nft_fib_inet",
 	"nft_redir", "nft_log", "nft_chain_nat", "nft_counter", "nf_conntrack_netlink", "nft_tproxy", "nft_socket", "inet_diag", "tcp_diag", "udp_diag",
-	"nft_quota", "nft_numgen", "nft_hash", "nf_nat", "nft_connlimit", "sch_fq", "act_police", "cls_matchall",
+	"nft_quota", "nft_numgen", "nft_hash", "nf_nat", "nft_connlimit", "nft_objref", "nft_fwd_netdev", "nft_dup_netdev", "nft_reject_netdev",
+	"sch_ingress", "sch_fq", "act_police", "cls_matchall",
 }
 
 // GuestModules are what a VM in a nested host needs as modules of the same kernel.
@@ -163,6 +169,7 @@ func CloseNested() {
 // nestedPlan is what a nested host is made of.
 type nestedPlan struct {
 	qemu   string
+	mke2fs string
 	kernel Kernel
 	files  []File
 }
@@ -170,6 +177,9 @@ type nestedPlan struct {
 func planNested() (p nestedPlan, err error) {
 	if p.qemu, err = exec.LookPath("qemu-system-x86_64"); err != nil {
 		return p, errors.New("no qemu-system-x86_64: apt-get install --no-install-recommends qemu-system-x86")
+	}
+	if p.mke2fs, err = findMke2fs(); err != nil {
+		return p, err
 	}
 	if p.kernel, err = FindKernel(); err != nil {
 		return p, err
@@ -202,15 +212,34 @@ func planNested() (p nestedPlan, err error) {
 	if err != nil {
 		return p, err
 	}
-	p.files = append(p.files, File{Path: nestedVMM, Mode: 0o755, Src: vmm})
-	libs, err := sharedLibraries(vmm)
-	if err != nil {
-		return p, err
-	}
-	for _, l := range libs {
-		p.files = append(p.files, File{Path: l, Mode: 0o755, Src: l})
+	p.files = append(p.files,
+		File{Path: nestedVMM, Mode: 0o755, Src: vmm},
+		File{Path: "/usr/sbin/mke2fs", Mode: 0o755, Src: p.mke2fs}, // which makes the disks of its guests
+	)
+	seen := map[string]bool{}
+	for _, program := range []string{vmm, p.mke2fs} {
+		libs, err := sharedLibraries(program)
+		if err != nil {
+			return p, err
+		}
+		for _, l := range libs {
+			if !seen[l] {
+				seen[l] = true
+				p.files = append(p.files, File{Path: l, Mode: 0o755, Src: l})
+			}
+		}
 	}
 	return p, nil
+}
+
+// findMke2fs looks where Debian has it too: sbin is not on the PATH of people.
+func findMke2fs() (string, error) {
+	for _, name := range []string{"mke2fs", "/usr/sbin/mke2fs", "/sbin/mke2fs"} {
+		if path, err := exec.LookPath(name); err == nil {
+			return filepath.Abs(path)
+		}
+	}
+	return "", errors.New("no mke2fs: apt-get install e2fsprogs")
 }
 
 // sharedLibraries asks the loader, which is the program's own authority on what it needs.
@@ -232,8 +261,9 @@ func sharedLibraries(program string) ([]string, error) {
 }
 
 const (
-	bootTimeout = 2 * time.Minute // six seconds on an idle machine
-	nestedMiB   = 3072
+	bootTimeout   = 2 * time.Minute // six seconds on an idle machine
+	nestedMiB     = 4096            // taken as it is touched
+	nestedDiskMiB = 24 << 10        // sparse
 )
 
 func (p nestedPlan) boot() (n *Nested, err error) {
@@ -241,7 +271,7 @@ func (p nestedPlan) boot() (n *Nested, err error) {
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(dir) // the emulator has read it by the time it is up
+	defer os.RemoveAll(dir) // the emulator has read it, or has it open, by the time it is up
 	init := filepath.Join(dir, "init")
 	root, err := moduleRoot()
 	if err != nil {
@@ -262,8 +292,20 @@ func (p nestedPlan) boot() (n *Nested, err error) {
 	if err = errors.Join(err, w.Flush(), f.Close()); err != nil {
 		return nil, fmt.Errorf("write its initramfs: %w", err)
 	}
+	disk := filepath.Join(dir, "disk")
+	if err := os.WriteFile(disk, nil, 0o600); err != nil {
+		return nil, err
+	}
+	if err := os.Truncate(disk, nestedDiskMiB<<20); err != nil {
+		return nil, err
+	}
+	// Without a journal: nobody looks at this disk after a crash of its host.
+	format := exec.Command(p.mke2fs, "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-E", "lazy_itable_init=1", disk)
+	if out, err := format.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("format its disk: %w: %s", err, out)
+	}
 	for attempt := 1; ; attempt++ {
-		n, err = p.start(image)
+		n, err = p.start(image, disk)
 		if err == nil || attempt == 3 || !errors.Is(err, errPortTaken) {
 			return n, err
 		}
@@ -272,7 +314,7 @@ func (p nestedPlan) boot() (n *Nested, err error) {
 
 var errPortTaken = errors.New("the port is taken")
 
-func (p nestedPlan) start(image string) (*Nested, error) {
+func (p nestedPlan) start(image, disk string) (*Nested, error) {
 	// The emulator cannot tell which port it got, so it is told one that was free a moment ago.
 	probe, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -288,6 +330,9 @@ func (p nestedPlan) start(image string) (*Nested, error) {
 		"-append", "console=ttyS0 panic=-1 quiet loglevel=4 mitigations=off random.trust_cpu=on",
 		"-netdev", "user,id=net,hostfwd=tcp:"+addr+"-:7000", "-device", "virtio-net-pci,netdev=net,romfile=",
 		"-device", "virtio-rng-pci",
+		// The emulator holds the file open; its name goes when the host is up, and so nothing stays however this ends.
+		"-drive", "file="+strings.ReplaceAll(disk, ",", ",,")+",if=none,id=disk,format=raw,cache=unsafe,discard=unmap",
+		"-device", "virtio-blk-pci,drive=disk",
 	)
 	n.cmd.Stdout, n.cmd.Stderr = n.console, n.console
 	n.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -347,9 +392,12 @@ func (n *Nested) Run(ctx context.Context, c Command) (output string, code int, e
 	if w == nil {
 		w = &out
 	}
-	env := append([]string{InsideVariable + "=1", "SLUICE_CLOUD_HYPERVISOR=" + nestedVMM, KernelRootVariable + "=" + nestedKernel}, c.Env...)
-	code, err = n.call(ctx, nestedRequest{Run: c.Args, Env: env, Dir: c.Dir}, nil, w)
+	code, err = n.call(ctx, nestedRequest{Run: c.Args, Env: append(insideEnv(), c.Env...), Dir: c.Dir}, nil, w)
 	return out.String(), code, err
+}
+
+func insideEnv() []string {
+	return []string{InsideVariable + "=1", "SLUICE_CLOUD_HYPERVISOR=" + nestedVMM, KernelRootVariable + "=" + nestedKernel}
 }
 
 // Put copies a file of ours inside.
@@ -365,6 +413,20 @@ func (n *Nested) Put(ctx context.Context, src, dst string) error {
 	}
 	_, err = n.call(ctx, nestedRequest{Put: dst, Mode: uint32(st.Mode().Perm()), Size: st.Size()}, f, io.Discard)
 	return err
+}
+
+// PutProgram copies a program of ours inside, with the libraries that it is linked to.
+func (n *Nested) PutProgram(ctx context.Context, src, dst string) error {
+	libs, err := sharedLibraries(src)
+	if err != nil {
+		return err
+	}
+	for _, l := range libs {
+		if err := n.Put(ctx, l, l); err != nil {
+			return err
+		}
+	}
+	return n.Put(ctx, src, dst)
 }
 
 // Get reads a file of its.

@@ -3,6 +3,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -11,7 +12,9 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -143,8 +146,13 @@ func serve() error {
 			return fmt.Errorf("mount %s: %w", m[1], err)
 		}
 	}
-	for _, d := range []string{"/root", "/var/tmp", "/etc"} {
+	for _, d := range []string{"/root", "/var/tmp", "/etc", "/disk"} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
+			return err
+		}
+	}
+	for name, content := range map[string]string{"hosts": "127.0.0.1 localhost\n::1 localhost\n", "resolv.conf": ""} {
+		if err := os.WriteFile("/etc/"+name, []byte(content), 0o644); err != nil {
 			return err
 		}
 	}
@@ -157,6 +165,9 @@ func serve() error {
 			fmt.Printf("load %s: %v\n", name, err)
 		}
 	}
+	if err := unix.Mount("/dev/vda", "/disk", "ext4", unix.MS_NOATIME, ""); err != nil {
+		return fmt.Errorf("mount the disk: %w", err)
+	}
 	if err := network(); err != nil {
 		return fmt.Errorf("set up the network: %w", err)
 	}
@@ -164,6 +175,7 @@ func serve() error {
 	if err != nil {
 		return err
 	}
+	go orphans.reap()
 	fmt.Println("NESTED-READY")
 	for {
 		c, err := l.Accept()
@@ -269,10 +281,11 @@ func run(c *net.TCPConn, req request) {
 	out := &frames{w: c}
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
+	if err := orphans.start(cmd); err != nil {
 		end(c, 0, err)
 		return
 	}
+	defer orphans.forget(cmd)
 	over := make(chan struct{})
 	go func() {
 		_, _ = c.Read(make([]byte, 1)) // ends when the other side goes away, or with the connection
@@ -294,6 +307,66 @@ func run(c *net.TCPConn, req request) {
 		return
 	}
 	end(c, 0, err)
+}
+
+// orphans are the processes that lost their parent and so have us for one. Somebody has to ask how they ended, or they stay.
+var orphans = &family{own: map[int]bool{}}
+
+type family struct {
+	mu  sync.Mutex
+	own map[int]bool // our own, for which somebody waits
+}
+
+func (f *family) start(cmd *exec.Cmd) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	err := cmd.Start()
+	if err == nil {
+		f.own[cmd.Process.Pid] = true
+	}
+	return err
+}
+
+func (f *family) forget(cmd *exec.Cmd) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.own, cmd.Process.Pid)
+}
+
+// reap looks whenever a child has ended.
+func (f *family) reap() {
+	ended := make(chan os.Signal, 1)
+	signal.Notify(ended, unix.SIGCHLD)
+	for range ended {
+		f.mu.Lock()
+		for _, pid := range f.zombies() {
+			_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil)
+		}
+		f.mu.Unlock()
+	}
+}
+
+func (f *family) zombies() (pids []int) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || f.own[pid] {
+			continue
+		}
+		stat, err := os.ReadFile("/proc/" + e.Name() + "/stat")
+		if err != nil {
+			continue
+		}
+		// The name before the last parenthesis may hold anything; the state and the parent come after it.
+		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+		if len(fields) > 1 && fields[0] == "Z" && fields[1] == "1" {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 type frames struct {
@@ -324,15 +397,25 @@ func end(w io.Writer, code int, err error) {
 	_ = frame(w, frameEnd, b)
 }
 
+// splice copies both ways. An end in one direction is passed on; an error ends both.
 func splice(c *net.TCPConn, buffered io.Reader, up *net.TCPConn) {
 	defer up.Close()
 	done := make(chan struct{})
 	go func() {
-		_, _ = io.Copy(up, buffered)
-		_ = up.CloseWrite()
-		close(done)
+		defer close(done)
+		pass(up, c, buffered)
 	}()
-	_, _ = io.Copy(c, up)
-	_ = c.CloseWrite()
+	pass(c, up, up)
 	<-done
+}
+
+func pass(to, from *net.TCPConn, r io.Reader) {
+	if _, err := io.Copy(to, r); err != nil {
+		for _, c := range []*net.TCPConn{to, from} {
+			_ = c.SetLinger(0)
+			_ = c.Close()
+		}
+		return
+	}
+	_ = to.CloseWrite()
 }
