@@ -98,6 +98,12 @@ func (c *Client) Init(ctx context.Context, req InitRequest) error {
 	return c.call(ctx, http.MethodPost, "/init", body, http.StatusNoContent, nil)
 }
 
+// ResumeRequest is what a sandbox is told that goes on after it was saved.
+type ResumeRequest struct {
+	Timestamp   time.Time
+	LifecycleID string // for the agent's log
+}
+
 // Health asks whether the agent answers.
 func (c *Client) Health(ctx context.Context) error {
 	return c.call(ctx, http.MethodGet, "/health", nil, http.StatusNoContent, nil)

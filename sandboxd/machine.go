@@ -71,13 +71,20 @@ type Suspender interface {
 	// first instruction: until Continue nothing of what was saved has changed, so that after an error, or a crash, the caller destroys the
 	// place and the sandbox is paused as before. Without memory the guest boots anew from the disk, and Start's rules hold.
 	Resume(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Suspended, error)
-	// Discard removes the memory that was saved, for a sandbox that has gone on since. It is idempotent.
-	Discard(p Place) error
+	// DropMemory removes saved memory, so that Resume boots from the disk. It is idempotent.
+	DropMemory(p Place) error
+	// Saved describes what Suspend has left at the place and Continue has not yet used up. Nothing saved is NotFound; saved memory that is
+	// damaged is Unavailable and names what is kept: the disk.
+	Saved(p Place) (Saved, error)
 	// Snapshot copies a running sandbox, memory and disk, into dir, an empty directory on the file system of the places: from then on it
 	// is a root that Start accepts. The sandbox stands still meanwhile and goes on, also after an error.
 	Snapshot(ctx context.Context, p Place, i Instance, dir string) error
-	// Saved tells how many bytes of disk space what was saved takes.
-	Saved(p Place) (int64, error)
+}
+
+// Saved is what a paused sandbox consists of.
+type Saved struct {
+	Memory bool
+	Bytes  int64 // of disk space, all of it
 }
 
 // Suspended is a sandbox that Resume has brought back.
@@ -86,9 +93,9 @@ type Suspended interface {
 	// Memory tells whether the guest's memory was saved: then it knows who it is and only needs Continue. Otherwise it has booted, and
 	// Init follows, as after Start.
 	Memory() bool
-	// Continue lets the guest run, sets its clock, and ends the connections that it still believes in. It is idempotent. When it
-	// fails the guest may have run.
-	Continue(ctx context.Context, r guest.InitRequest) error
+	// Continue lets the guest run, sets its clock, and ends the connections that it still believes in. It is idempotent. From its
+	// first effect on Saved finds no memory any more, because the disk goes on changing. When it fails the guest may have run.
+	Continue(ctx context.Context, r guest.ResumeRequest) error
 }
 
 // Preparer is what a Machine is as well when a slot can be made ready before a sandbox wants it.

@@ -59,6 +59,9 @@ type Box struct {
 	Tap  *os.File
 }
 
+// firstUID is below the ids of every other package's tests, which run at the same time and look for processes that have their ids.
+const firstUID = 1 << 20
+
 var nextUID atomic.Uint32
 
 // NewBox makes everything that a VM needs and starts none. All of it is gone with the test, and the test fails if something is left.
@@ -73,7 +76,7 @@ func (h Host) NewBox(t testing.TB) *Box {
 	netns := makeNetNS(t)
 	b.Tap = makeTap(t, netns)
 	b.Spec = vmm.Spec{
-		ID: "t" + filepath.Base(dir)[5:], Dir: filepath.Join(dir, "vm"), NetNS: netns, UID: 3_000_000 + nextUID.Add(1),
+		ID: "t" + filepath.Base(dir)[5:], Dir: filepath.Join(dir, "vm"), NetNS: netns, UID: firstUID + nextUID.Add(1),
 		Kernel: h.Kernel, Initramfs: h.Initramfs, Root: filepath.Join(dir, "root.img"), Disk: filepath.Join(dir, "disk.img"),
 	}
 	for _, name := range []string{b.Spec.Root, b.Spec.Disk} {
