@@ -3,6 +3,7 @@ package guest
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,9 +18,24 @@ import (
 const (
 	// callTime bounds a call whose context has no earlier deadline: the other side may accept and never answer.
 	callTime = 10 * time.Second
-	// maxAnswer bounds what is read of an answer. The largest honest one is a few hundred bytes.
-	maxAnswer = 64 << 10
+	// syncTime bounds a sync in the same way: all of the sandbox's memory may have to go to its disk.
+	syncTime = 5 * time.Minute
+	// maxAnswer bounds what is read of an answer. The largest honest one is the output of a command, every byte of it escaped.
+	maxAnswer = 8 * maxExecOutput
+	// defaultExecTime is how long a command may run whose caller says nothing about it.
+	defaultExecTime = time.Minute
 )
+
+// Ports of a VM's vsock.
+const (
+	// ControlPort is the guest's: what the control socket is in a namespace.
+	ControlPort = 1024
+	// UpPort is the host's. After a cold boot the agent connects to it once it serves, says "up\n" and closes.
+	UpPort = 1025
+)
+
+// maxExecOutput is how much of a command's output an exec returns: the end of it.
+const maxExecOutput = 16 << 10
 
 // Client is the node's side of the control socket. The sandbox may have replaced the agent, so every call has a deadline and every answer a limit,
 // and no descriptor is taken from it. A Client has no state to close: each call makes a connection of its own.
@@ -64,7 +80,12 @@ type InitRequest struct {
 	DefaultUser    string // empty leaves it to the agent
 	DefaultWorkdir string
 	Hostname       string
-	LifecycleID    string // for the agent's log
+	LifecycleID    string // an init of the same lifecycle that is older than the last one changes nothing
+	MergeEnv       bool   // lay EnvVars over what the agent has, instead of replacing it
+
+	// For a VM, which has these to itself; a namespace gets them from outside.
+	MAC       string   // of its network card; empty leaves it
+	Resolvers []string // addresses of DNS servers; none leaves what the image says
 }
 
 // Metrics is what the sandbox says about itself. None of it can be trusted.
@@ -82,20 +103,25 @@ type Metrics struct {
 	DiskTotal   int64 `json:"disk_total"`
 }
 
-// Init gives the agent its identity and its environment. It may be called again, and replaces what was there.
+// Init gives the agent its identity and its environment. It may be called again, and replaces what was there. A VM gets fresh entropy with
+// it: whatever it was restored from knows the same random numbers as all its siblings.
 func (c *Client) Init(ctx context.Context, req InitRequest) error {
 	env := req.EnvVars
 	if env == nil {
 		env = map[string]string{}
 	}
-	body, err := json.Marshal(initRequest{
+	return c.call(ctx, callTime, http.MethodPost, "/init", initRequest{
 		EnvVars: &env, AccessToken: &req.AccessToken, Timestamp: req.Timestamp, DefaultUser: &req.DefaultUser,
 		DefaultWorkdir: &req.DefaultWorkdir, LifecycleID: req.LifecycleID, Hostname: req.Hostname,
-	})
-	if err != nil {
-		return fmt.Errorf("encode init: %w", err)
-	}
-	return c.call(ctx, http.MethodPost, "/init", body, http.StatusNoContent, nil)
+		MergeEnv: req.MergeEnv, MAC: req.MAC, Resolvers: req.Resolvers, Entropy: newEntropy(),
+	}, http.StatusNoContent, nil)
+}
+
+// newEntropy is what the kernel of a VM wants for a new start, twice over.
+func newEntropy() []byte {
+	seed := make([]byte, 64)
+	_, _ = rand.Read(seed) // never fails
+	return seed
 }
 
 // ResumeRequest is what a sandbox is told that goes on after it was saved.
@@ -104,21 +130,74 @@ type ResumeRequest struct {
 	LifecycleID string // for the agent's log
 }
 
+// Resume tells a VM that time has passed: it sets its clock, takes fresh entropy and ends the connections that it still believes in. It
+// keeps everything that Init gave.
+func (c *Client) Resume(ctx context.Context, req ResumeRequest) error {
+	return c.call(ctx, callTime, http.MethodPost, "/resume", resumeRequest{
+		Timestamp: req.Timestamp, LifecycleID: req.LifecycleID, Entropy: newEntropy(),
+	}, http.StatusNoContent, nil)
+}
+
+// Sync has a VM write out what it keeps in memory of its disk. It takes as long as the disk does; ctx bounds it.
+func (c *Client) Sync(ctx context.Context) error {
+	return c.call(ctx, syncTime, http.MethodPost, "/sync", nil, http.StatusNoContent, nil)
+}
+
+// ExecRequest is a command for a shell in the sandbox.
+type ExecRequest struct {
+	Cmd     string
+	User    string // empty means the default user
+	Cwd     string // empty means the default working directory
+	Env     map[string]string
+	Timeout time.Duration // it is killed then; zero means a minute
+	// Background starts it and does not wait: it outlives the call, has no timeout and its output goes nowhere.
+	Background bool
+}
+
+// ExecResult is how a command ended, or that it runs.
+type ExecResult struct {
+	PID      int    `json:"pid"`
+	ExitCode int    `json:"exitCode"` // of one that was killed: 128 and the signal
+	Output   string `json:"output"`   // the end of what it wrote to stdout and stderr, at most 16 KiB
+	TimedOut bool   `json:"timedOut"`
+}
+
+// Exec runs a command. That it fails is no error, but a result.
+func (c *Client) Exec(ctx context.Context, req ExecRequest) (ExecResult, error) {
+	limit := req.Timeout
+	if limit <= 0 {
+		limit = defaultExecTime
+	}
+	var res ExecResult
+	err := c.call(ctx, limit+callTime, http.MethodPost, "/exec", execRequest{
+		Cmd: req.Cmd, User: req.User, Cwd: req.Cwd, Env: req.Env, TimeoutMS: limit.Milliseconds(), Background: req.Background,
+	}, http.StatusOK, &res)
+	return res, err
+}
+
 // Health asks whether the agent answers.
 func (c *Client) Health(ctx context.Context) error {
-	return c.call(ctx, http.MethodGet, "/health", nil, http.StatusNoContent, nil)
+	return c.call(ctx, callTime, http.MethodGet, "/health", nil, http.StatusNoContent, nil)
 }
 
 // Metrics asks for a sample.
 func (c *Client) Metrics(ctx context.Context) (Metrics, error) {
 	var m Metrics
-	err := c.call(ctx, http.MethodGet, "/metrics", nil, http.StatusOK, &m)
+	err := c.call(ctx, callTime, http.MethodGet, "/metrics", nil, http.StatusOK, &m)
 	return m, err
 }
 
-func (c *Client) call(ctx context.Context, method, path string, body []byte, want int, into any) error {
-	ctx, cancel := context.WithTimeout(ctx, callTime)
+// call sends ask, unless it is nil, and decodes the answer into into, unless that is nil.
+func (c *Client) call(ctx context.Context, limit time.Duration, method, path string, ask any, want int, into any) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	var body []byte
+	if ask != nil {
+		var err error
+		if body, err = json.Marshal(ask); err != nil {
+			return fmt.Errorf("encode call of guest %s: %w", path, err)
+		}
+	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://guest"+path, bytes.NewReader(body))
 	if err != nil {
 		return fmt.Errorf("call guest: %w", err)

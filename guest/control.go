@@ -29,6 +29,27 @@ type initRequest struct {
 	DefaultWorkdir *string            `json:"defaultWorkdir,omitempty"`
 	LifecycleID    string             `json:"lifecycleID,omitempty"`
 	Hostname       string             `json:"hostname,omitempty"`
+	MergeEnv       bool               `json:"mergeEnv,omitempty"`
+	MAC            string             `json:"mac,omitempty"`
+	Resolvers      []string           `json:"resolvers,omitempty"`
+	Entropy        []byte             `json:"entropy,omitempty"`
+}
+
+// resumeRequest is the body of POST /resume.
+type resumeRequest struct {
+	Timestamp   time.Time `json:"timestamp,omitzero"`
+	LifecycleID string    `json:"lifecycleID,omitempty"`
+	Entropy     []byte    `json:"entropy,omitempty"`
+}
+
+// execRequest is the body of POST /exec.
+type execRequest struct {
+	Cmd        string            `json:"cmd"`
+	User       string            `json:"user,omitempty"`
+	Cwd        string            `json:"cwd,omitempty"`
+	Env        map[string]string `json:"env,omitempty"`
+	TimeoutMS  int64             `json:"timeout_ms,omitempty"`
+	Background bool              `json:"background,omitempty"`
 }
 
 // controlHandler is what the node may ask on the private socket. Who can connect there is the node.
