@@ -27,6 +27,10 @@ type Target struct {
 	// Client is who the connection is for, for the node's eyes only; the zero value says that the edge itself asks. A pooled
 	// connection keeps the client that it was opened for.
 	Client netip.AddrPort
+
+	// Wake asks the node to wake the sandbox, which is paused, and not for a connection: see Waker. Only whoever has found that the
+	// client may reach the sandbox sets it.
+	Wake bool
 }
 
 // Verdict is the node's one-byte answer to a header.
@@ -72,6 +76,16 @@ type DialFunc func(ctx context.Context, t Target) (net.Conn, error)
 // the reason why no connection outlives its lifecycle.
 type Backend interface {
 	Open(ctx context.Context, sandbox string, generation uint64, port uint16) (net.Conn, error)
+}
+
+// Waker is what a Backend is as well when it can wake a paused sandbox because somebody wants to reach it. Open never does.
+//
+// Wake returns nil when the sandbox runs, in a lifecycle later than the one that was paused or, when it was not paused, in that
+// one: the edge is then told WrongGeneration, reads the route anew and dials. Else it returns a *VerdictError: NotHere for a
+// sandbox that is not here or that traffic must not wake, Busy for one that could not be woken now. It waits for a
+// transition that is under way, ends with ctx, and may be called any number of times at once for the same sandbox.
+type Waker interface {
+	Wake(ctx context.Context, sandbox string, generation uint64) error
 }
 
 // lifecycle is what connections are grouped by: never the sandbox alone, whose next life must not get the connections

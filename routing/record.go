@@ -45,6 +45,7 @@ type Route struct {
 	Mask       string                  // maskRequestHost; empty means none
 	Ports      map[uint16]PortSettings // only the ports that differ from the default
 	AutoResume bool                    // traffic wakes it when it is paused
+	EnvdHash   [32]byte                // SHA-256 of the agent's token, wanted of who wakes it by that port; zero means none is
 }
 
 // Public tells whether the sandbox takes traffic without a token.
@@ -70,6 +71,7 @@ type routeJSON struct {
 	Mask       string                  `json:"mask,omitempty"`
 	Ports      map[uint16]PortSettings `json:"ports,omitempty"`
 	AutoResume bool                    `json:"resume,omitempty"`
+	EnvdHash   string                  `json:"envd,omitempty"`
 }
 
 // errGone is what decoding a tombstone gives.
@@ -89,6 +91,9 @@ func (r Route) MarshalJSON() ([]byte, error) {
 	}
 	if !r.Public() {
 		j.TokenHash = hex.EncodeToString(r.TokenHash[:])
+	}
+	if r.EnvdHash != [32]byte{} {
+		j.EnvdHash = hex.EncodeToString(r.EnvdHash[:])
 	}
 	return json.Marshal(j)
 }
@@ -116,19 +121,32 @@ func (r *Route) UnmarshalJSON(data []byte) error {
 		return errors.New("want either a token hash or public")
 	}
 	if j.TokenHash != "" {
-		sum, err := hex.DecodeString(j.TokenHash)
-		if err != nil || len(sum) != len(read.TokenHash) {
-			return errors.New("token hash is not 64 hex digits")
+		if err := decodeHash(&read.TokenHash, j.TokenHash); err != nil {
+			return fmt.Errorf("traffic token: %w", err)
 		}
-		copy(read.TokenHash[:], sum)
-		if read.Public() {
-			return errors.New("token hash is zero, which would make the sandbox public")
+	}
+	if j.EnvdHash != "" {
+		if err := decodeHash(&read.EnvdHash, j.EnvdHash); err != nil {
+			return fmt.Errorf("agent's token: %w", err)
 		}
 	}
 	if err := read.validate(); err != nil {
 		return err
 	}
 	*r = read
+	return nil
+}
+
+// decodeHash refuses zero, which would mean that no token is asked for.
+func decodeHash(dst *[32]byte, text string) error {
+	sum, err := hex.DecodeString(text)
+	if err != nil || len(sum) != len(dst) {
+		return errors.New("hash is not 64 hex digits")
+	}
+	copy(dst[:], sum)
+	if *dst == [32]byte{} {
+		return errors.New("hash is zero, which would be no token")
+	}
 	return nil
 }
 

@@ -25,12 +25,13 @@ func TestStoredForm(t *testing.T) {
 	full.Mask = "localhost:${PORT}"
 	full.Ports = map[uint16]PortSettings{8443: {HTTPS: true}}
 	full.AutoResume = true
+	full.EnvdHash = [32]byte{0x12, 31: 0x34}
 	tests := []struct {
 		record any
 		want   string
 	}{
 		{full, `{"v":1,"gen":18446744073709551615,"id":"isb","node":"n1","state":"running","end":4102542245006,"token":"ab` + strings.Repeat("0", 60) +
-			`cd","mask":"localhost:${PORT}","ports":{"8443":{"https":true}},"resume":true}`},
+			`cd","mask":"localhost:${PORT}","ports":{"8443":{"https":true}},"resume":true,"envd":"12` + strings.Repeat("0", 60) + `34"}`},
 		{Route{Sandbox: "isb", Node: "n1", Generation: 1, State: Paused}, `{"v":1,"gen":1,"id":"isb","node":"n1","state":"paused","public":true}`},
 		{Node{ID: "n1", LinkAddr: "a:1", APIAddr: "a:2", Sandboxes: 1, MaxSandboxes: 2, Machine: "vmm", Draining: true},
 			`{"v":1,"id":"n1","link":"a:1","api":"a:2","n":1,"max":2,"machine":"vmm","drain":true}`},
@@ -73,6 +74,9 @@ func TestRecordsOfOtherSchemasAreRefused(t *testing.T) {
 		good + hash + `","token":"","public":true}`,
 		good + hash + `","Token":"` + strings.Repeat("cd", 32) + `"}`,
 		good + hash + `","token":"` + strings.Repeat("cd", 32) + `"}`,
+		// The agent's token, damaged: without it anybody could wake the sandbox by the agent's port.
+		public + `,"envd":"ab"}`, public + `,"envd":"` + strings.Repeat("zz", 32) + `"}`, public + `,"envd":"` + strings.Repeat("00", 32) + `"}`,
+		public + `,"envd":"` + hash + `","envd":""}`, public + `,"Envd":"` + hash + `"}`,
 		// Masks that are no Host.
 		public + `,"mask":"a\r\nX: y"}`, public + `,"mask":"a b"}`, public + `,"mask":"a/b"}`, public + `,"mask":"${PORT"}`, public + `,"mask":"ü"}`,
 		public + `,"mask":"` + strings.Repeat("a", 260) + `"}`,

@@ -16,12 +16,13 @@ type Published struct {
 	Mask       string
 	HTTPSPorts []uint16
 	AutoResume bool
+	EnvdHash   TokenHash // of the agent's token; zero means that the agent asks for none
 }
 
 // equal tells whether two routes say the same. Times may have passed through an encoding of milliseconds.
 func (p Published) equal(q Published) bool {
 	return p.Sandbox == q.Sandbox && p.Generation == q.Generation && p.State == q.State && p.TokenHash == q.TokenHash &&
-		p.Mask == q.Mask && p.AutoResume == q.AutoResume && p.EndAt.UnixMilli() == q.EndAt.UnixMilli() &&
+		p.Mask == q.Mask && p.AutoResume == q.AutoResume && p.EnvdHash == q.EnvdHash && p.EndAt.UnixMilli() == q.EndAt.UnixMilli() &&
 		slices.Equal(sorted(p.HTTPSPorts), sorted(q.HTTPSPorts))
 }
 

@@ -56,6 +56,7 @@ func (p *publisher) route(sb sandboxd.Published) routing.Route {
 		TokenHash:  sb.TokenHash,
 		Mask:       sb.Mask,
 		AutoResume: sb.AutoResume,
+		EnvdHash:   sb.EnvdHash,
 	}
 	if len(sb.HTTPSPorts) > 0 {
 		r.Ports = make(map[uint16]routing.PortSettings, len(sb.HTTPSPorts))
@@ -75,6 +76,7 @@ func fromRoute(r routing.Route) sandboxd.Published {
 		TokenHash:  r.TokenHash,
 		Mask:       r.Mask,
 		AutoResume: r.AutoResume,
+		EnvdHash:   r.EnvdHash,
 	}
 	for port, settings := range r.Ports {
 		if settings.HTTPS {
