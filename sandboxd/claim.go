@@ -1,14 +1,18 @@
 package sandboxd
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"syscall"
+
+	"github.com/sluice-edge/sluice/sandboxd/netdev"
 )
 
 // claim is a name on this host that one node has, until it gives it up or dies. It is taken twice: as an abstract socket, which
@@ -143,3 +147,82 @@ func claimUIDs(dir, node string, alive func(node string) (bool, error)) (part in
 
 func uidsName(part int) string             { return fmt.Sprintf("uids-%d", part) }
 func uidsFile(dir string, part int) string { return filepath.Join(dir, uidsName(part)) }
+
+// claimsDir is where nodes of one host meet.
+const claimsDir = "/run/sluice"
+
+// hostClaims is what one node has of its host for itself: the name of its network, the addresses of its slots and a part of the user ids.
+type hostClaims struct {
+	network string       // what the names of its namespaces and devices begin with
+	slots   netip.Prefix // of the slots' addresses
+
+	// Set by take, which comes before all else.
+	name *claim
+	uids *claim       // of a part of the user ids
+	part int          // which one
+	pool net.Listener // of the slots' addresses: an abstract socket, known in the network namespace in which they are
+}
+
+func newHostClaims(cfg netdev.Config) hostClaims {
+	return hostClaims{network: cfg.NamePrefix, slots: cmp.Or(cfg.Prefix, netdev.DefaultPrefix).Masked()}
+}
+
+// take makes sure that nobody else on this host uses the same. It may be called again.
+func (h *hostClaims) take() (err error) {
+	if h.name == nil {
+		h.name, err = takeClaim(claimsDir, "network-"+h.network)
+		if errors.Is(err, errClaimed) {
+			return fmt.Errorf("another node on this host uses the network name %q: stop it, or give this one its own (-network-name, and -slot-prefix with it)", h.network)
+		}
+		if err != nil {
+			return fmt.Errorf("claim the network name %q: %w", h.network, err)
+		}
+	}
+	if h.pool == nil {
+		// Two sandboxes with one address on one host would each get half of the other's answers.
+		h.pool, err = net.Listen("unix", "@sluice-slots-"+h.slots.String())
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("another node on this host uses the slot addresses %s: give this one its own (-slot-prefix and -slot-prefix6)", h.slots)
+		}
+		if err != nil {
+			return fmt.Errorf("claim the slot addresses %s: %w", h.slots, err)
+		}
+	}
+	if h.uids == nil {
+		if h.part, h.uids, err = claimUIDs(claimsDir, h.network, hasNetworks); err != nil {
+			return fmt.Errorf("claim user ids: %w", err)
+		}
+	}
+	return nil
+}
+
+// hasNetworks tells whether a node that is not running has left sandboxes.
+func hasNetworks(node string) (bool, error) {
+	names, err := filepath.Glob("/run/netns/" + node + "-*")
+	return len(names) > 0, err
+}
+
+// uid is the first of the user ids of a slot.
+func (h *hostClaims) uid(slot int) uint32 {
+	return uidFirst + uint32(h.part*uidSlots+max(slot, 0))*uidCount
+}
+
+// leave lets go of everything; whose the user ids are stays known, for the sandboxes that stay.
+func (h *hostClaims) leave() error { return h.giveUp((*claim).leave) }
+
+// remove lets go of everything and leaves nothing.
+func (h *hostClaims) remove() error { return h.giveUp((*claim).remove) }
+
+func (h *hostClaims) giveUp(how func(*claim) error) error {
+	var failures []error
+	if h.pool != nil {
+		failures = append(failures, h.pool.Close())
+	}
+	for _, c := range []*claim{h.uids, h.name} {
+		if c != nil {
+			failures = append(failures, how(c))
+		}
+	}
+	h.uids, h.pool, h.name = nil, nil, nil
+	return errors.Join(failures...)
+}

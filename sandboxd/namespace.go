@@ -10,9 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
-	"syscall"
 
 	"go.uber.org/zap"
 
@@ -45,16 +43,8 @@ type NamespaceMachine struct {
 	opts       NamespaceOptions
 	network    *netdev.Network // nil in rootless mode
 	namespaces *namespace.Machine
-
-	// Set by Setup, which comes before all else; nil in rootless mode.
-	name *claim       // of the network
-	uids *claim       // of a part of the user ids
-	part int          // which one
-	pool net.Listener // of the slots' addresses: an abstract socket, known in the network namespace in which they are
+	host       hostClaims // not used in rootless mode
 }
-
-// claimsDir is where nodes of one host meet.
-const claimsDir = "/run/sluice"
 
 // NewNamespaceMachine looks at the host and changes nothing but StateDir.
 func NewNamespaceMachine(opts NamespaceOptions) (*NamespaceMachine, error) {
@@ -82,6 +72,7 @@ func NewNamespaceMachine(opts NamespaceOptions) (*NamespaceMachine, error) {
 	if m.network, err = netdev.New(opts.Network); err != nil {
 		return nil, err
 	}
+	m.host = newHostClaims(opts.Network)
 	return m, nil
 }
 
@@ -105,46 +96,10 @@ func (m *NamespaceMachine) Setup(ctx context.Context) error {
 	if m.network == nil {
 		return nil
 	}
-	if err := m.claim(); err != nil {
+	if err := m.host.take(); err != nil {
 		return err
 	}
 	return m.network.Setup(ctx)
-}
-
-func (m *NamespaceMachine) claim() (err error) {
-	node := m.opts.Network.NamePrefix
-	if m.name == nil {
-		m.name, err = takeClaim(claimsDir, "network-"+node)
-		if errors.Is(err, errClaimed) {
-			return fmt.Errorf("another node on this host uses the network name %q: stop it, or give this one its own (-network-name, and -slot-prefix with it)", node)
-		}
-		if err != nil {
-			return fmt.Errorf("claim the network name %q: %w", node, err)
-		}
-	}
-	if m.pool == nil {
-		// Two sandboxes with one address on one host would each get half of the other's answers.
-		prefix := cmp.Or(m.opts.Network.Prefix, netdev.DefaultPrefix).Masked()
-		m.pool, err = net.Listen("unix", "@sluice-slots-"+prefix.String())
-		if errors.Is(err, syscall.EADDRINUSE) {
-			return fmt.Errorf("another node on this host uses the slot addresses %s: give this one its own (-slot-prefix and -slot-prefix6)", prefix)
-		}
-		if err != nil {
-			return fmt.Errorf("claim the slot addresses %s: %w", prefix, err)
-		}
-	}
-	if m.uids == nil {
-		if m.part, m.uids, err = claimUIDs(claimsDir, node, hasNetworks); err != nil {
-			return fmt.Errorf("claim user ids: %w", err)
-		}
-	}
-	return nil
-}
-
-// hasNetworks tells whether a node that is not running has left sandboxes.
-func hasNetworks(node string) (bool, error) {
-	names, err := filepath.Glob("/run/netns/" + node + "-*")
-	return len(names) > 0, err
 }
 
 // Maintain puts the host's table and forwarding back if somebody has taken them away.
@@ -160,25 +115,11 @@ func (m *NamespaceMachine) Close(ctx context.Context) error {
 	if m.network == nil {
 		return nil
 	}
-	return errors.Join(m.network.Close(ctx), m.giveUp((*claim).remove))
+	return errors.Join(m.network.Close(ctx), m.host.remove())
 }
 
 // Release lets go of the names; the table and the user ids stay, for the sandboxes that do.
-func (m *NamespaceMachine) Release() error { return m.giveUp((*claim).leave) }
-
-func (m *NamespaceMachine) giveUp(how func(*claim) error) error {
-	var failures []error
-	if m.pool != nil {
-		failures = append(failures, m.pool.Close())
-	}
-	for _, c := range []*claim{m.uids, m.name} {
-		if c != nil {
-			failures = append(failures, how(c))
-		}
-	}
-	m.uids, m.pool, m.name = nil, nil, nil
-	return errors.Join(failures...)
-}
+func (m *NamespaceMachine) Release() error { return m.host.leave() }
 
 // Start makes the network, fences it, and only then starts the first process in it.
 func (m *NamespaceMachine) Start(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Instance, error) {
@@ -262,7 +203,7 @@ func (m *NamespaceMachine) spec(p Place) namespace.Spec {
 		ID:       p.ID,
 		Dir:      p.Dir,
 		Hostname: p.ID,
-		UIDBase:  uidFirst + uint32(m.part*uidSlots+max(p.Slot, 0))*uidCount,
+		UIDBase:  m.host.uid(p.Slot),
 		Limits:   namespace.Limits{MemoryMiB: p.MemoryMiB, CPUs: p.CPUs, Pids: m.opts.Pids},
 		Resolv:   m.opts.Resolvers,
 		Template: p.Root,
@@ -275,26 +216,6 @@ func (m *NamespaceMachine) spec(p Place) namespace.Spec {
 		spec.Dir = filepath.Join(m.opts.StateDir, spec.ID)
 	}
 	return spec
-}
-
-// protected are the addresses of this node, which no sandbox may reach whatever its tenant allows.
-func (m *NamespaceMachine) protected() ([]netip.Prefix, error) {
-	addrs, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil, fmt.Errorf("list addresses of this node: %w", err)
-	}
-	all := slices.Clone(m.opts.Protected)
-	for _, a := range addrs {
-		ipnet, ok := a.(*net.IPNet)
-		if !ok {
-			continue
-		}
-		if addr, ok := netip.AddrFromSlice(ipnet.IP); ok {
-			addr = addr.Unmap()
-			all = append(all, netip.PrefixFrom(addr, addr.BitLen()))
-		}
-	}
-	return all, nil
 }
 
 // namespaceSandbox is one sandbox of a NamespaceMachine.
@@ -339,11 +260,10 @@ func (s *namespaceSandbox) SetFence(ctx context.Context, fence egress.Policy) er
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	protected, err := s.machine.protected()
+	fence, err := protect(fence, s.machine.opts.Protected)
 	if err != nil {
 		return err
 	}
-	fence.Protected = append(slices.Clone(fence.Protected), protected...)
 	return egress.Apply(s.slot.NetNS, egress.Compile(fence, egress.Local(s.slot.GuestAddr, s.slot.GuestAddr6)))
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -112,4 +113,24 @@ func refused(p egress.Policy) (*netipx.IPSet, error) {
 		set.RemovePrefix(prefix)
 	}
 	return set.IPSet()
+}
+
+// protect adds to a policy what no sandbox of this node may reach whatever its tenant allows: the addresses of its interfaces, and more.
+func protect(fence egress.Policy, more []netip.Prefix) (egress.Policy, error) {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return egress.Policy{}, fmt.Errorf("list addresses of this node: %w", err)
+	}
+	fence.Protected = slices.Concat(fence.Protected, more)
+	for _, a := range addrs {
+		ipnet, ok := a.(*net.IPNet)
+		if !ok {
+			continue
+		}
+		if addr, ok := netip.AddrFromSlice(ipnet.IP); ok {
+			addr = addr.Unmap()
+			fence.Protected = append(fence.Protected, netip.PrefixFrom(addr, addr.BitLen()))
+		}
+	}
+	return fence, nil
 }

@@ -5,5 +5,5 @@ func (m *Machine) SetStep(f func(name string)) { m.step = f }
 
 // CgroupDirs is where a sandbox's cgroups are.
 func (m *Machine) CgroupDirs(spec Spec) []string {
-	return m.cgroups.plan(spec.cgroupName(), spec.Limits).Dirs
+	return m.cgroups.Plan(spec.cgroupName(), spec.Limits).Dirs
 }

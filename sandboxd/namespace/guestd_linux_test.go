@@ -94,7 +94,7 @@ func TestAgentOutlivesMemoryHogs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !m.cgroups.plan("x", Limits{}).has("memory") {
+	if !m.cgroups.Plan("x", Limits{}).Has("memory") {
 		t.Skipf("this host gives no memory cgroup: %v", m.Limitations())
 	}
 	b := startBox(t, m, func(s *Spec) { s.Limits.MemoryMiB = 128 })

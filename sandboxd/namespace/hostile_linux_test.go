@@ -208,7 +208,7 @@ func TestKernelQuotasAreNotShared(t *testing.T) {
 // A fork bomb ends at its own limit, and the sandbox can be destroyed while it burns.
 func TestForkBombIsContained(t *testing.T) {
 	m := testMachine(t)
-	if !m.cgroups.plan("x", Limits{}).has("pids") {
+	if !m.cgroups.Plan("x", Limits{}).Has("pids") {
 		t.Skipf("this host gives no pids cgroup: %v", m.Limitations())
 	}
 	b := startBox(t, m)

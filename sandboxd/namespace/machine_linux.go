@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/sandboxd/cgroup"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -34,7 +35,7 @@ const answerTimeout = 20 * time.Second
 type Machine struct {
 	// Fixed after New.
 	cfg     Config
-	cgroups cgroupHost
+	cgroups cgroup.Host
 	limits  []string
 	log     *zap.Logger
 	shifts  bool              // owners of the image can be shifted to a sandbox's ids
@@ -87,8 +88,12 @@ func New(cfg Config) (*Machine, error) {
 		m.limits = append(m.limits, "without root egress is off: a sandbox has no way out of its own network, and is reached through guestd; `root` inside has no power")
 	}
 	var why []string
-	m.cgroups, why = probeCgroups()
-	m.limits = append(m.limits, m.cgroups.limitations(why)...)
+	m.cgroups, why = cgroup.Probe()
+	m.limits = append(m.limits, m.cgroups.Limitations(why, map[string]string{
+		"memory": "memory is limited for each process, not for the sandbox",
+		"pids":   "processes are limited for each user, not for the sandbox",
+		"cpu":    "cpu is not limited",
+	})...)
 	if !cfg.Rootless {
 		probed := cfg.TemplateDir
 		if probed == "" {
@@ -102,28 +107,6 @@ func New(cfg Config) (*Machine, error) {
 	}
 	m.log.Warn("sandboxes in namespaces", zap.Strings("limitations", m.limits))
 	return m, nil
-}
-
-// limitations says what happens in place of each controller that is missing.
-func (h cgroupHost) limitations(why []string) (out []string) {
-	instead := map[string]string{
-		"memory": "memory is limited for each process, not for the sandbox",
-		"pids":   "processes are limited for each user, not for the sandbox",
-		"cpu":    "cpu is not limited",
-	}
-	for _, c := range controllers {
-		if _, ok := h.base[c]; ok {
-			continue
-		}
-		reason := "no such controller"
-		for _, w := range why {
-			if strings.HasPrefix(w, c+":") || !strings.Contains(w, ":") || len(why) == 1 {
-				reason = w
-			}
-		}
-		out = append(out, fmt.Sprintf("no %s cgroup (%s): %s", c, reason, instead[c]))
-	}
-	return out
 }
 
 // Limitations is what this machine cannot enforce on this host, in words for an operator.
@@ -220,7 +203,7 @@ func (m *Machine) Start(ctx context.Context, spec Spec) (_ *Process, err error) 
 	if err != nil {
 		return nil, err
 	}
-	cg := m.cgroups.plan(spec.cgroupName(), spec.Limits)
+	cg := m.cgroups.Plan(spec.cgroupName(), spec.Limits)
 	plan := compile(m.cfg, spec, v, cg)
 	if err := claim(spec); err != nil {
 		return nil, err
@@ -244,7 +227,7 @@ func (m *Machine) Start(ctx context.Context, spec Spec) (_ *Process, err error) 
 	if err := os.WriteFile(filepath.Join(spec.Dir, cgroupsName), []byte(strings.Join(cg.Dirs, "\n")), 0o600); err != nil {
 		return nil, fmt.Errorf("note cgroups: %w", err)
 	}
-	if err := cg.make(); err != nil {
+	if err := cg.Make(); err != nil {
 		return nil, err
 	}
 	m.step("cgroups")
@@ -545,7 +528,7 @@ func (m *Machine) Destroy(ctx context.Context, spec Spec) error {
 
 // removeCgroups also removes those that a daemon made which lived in another cgroup than we do.
 func (m *Machine) removeCgroups(ctx context.Context, spec Spec) error {
-	dirs := m.cgroups.plan(spec.cgroupName(), spec.Limits).Dirs
+	dirs := m.cgroups.Plan(spec.cgroupName(), spec.Limits).Dirs
 	noted, err := os.ReadFile(filepath.Join(spec.Dir, cgroupsName))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("read note of cgroups: %w", err)
@@ -557,7 +540,7 @@ func (m *Machine) removeCgroups(ctx context.Context, spec Spec) error {
 	}
 	var all error
 	for _, d := range dirs {
-		all = errors.Join(all, removeCgroup(ctx, d))
+		all = errors.Join(all, cgroup.Remove(ctx, d))
 	}
 	return all
 }
@@ -596,4 +579,15 @@ func removeFiles(dir string) error {
 		all = errors.Join(all, err)
 	}
 	return all
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-t.C:
+		return nil
+	}
 }

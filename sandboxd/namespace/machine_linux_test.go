@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-edge/sluice/sandboxd/cgroup"
 )
 
 const dieVariable = "SLUICE_TEST_DIE_AT"
@@ -55,7 +57,7 @@ func TestStartGivesAWholeMachine(t *testing.T) {
 
 func TestLimitsAreEnforced(t *testing.T) {
 	m := testMachine(t)
-	if len(m.cgroups.base) < len(controllers) {
+	if len(m.cgroups.Base) < len(cgroup.Controllers) {
 		t.Skipf("this host gives no cgroups with limits: %v", m.Limitations())
 	}
 	b := startBox(t, m, func(s *Spec) { s.Limits.MemoryMiB = 96 })
@@ -87,7 +89,7 @@ for p in pids:
 	if out := neighbour.sh("echo alive"); out != "alive" {
 		t.Errorf("neighbour: %q", out)
 	}
-	for _, f := range m.cgroups.plan(b.spec.cgroupName(), b.spec.Limits).Files {
+	for _, f := range m.cgroups.Plan(b.spec.cgroupName(), b.spec.Limits).Files {
 		got, err := os.ReadFile(f[0])
 		if err != nil || strings.TrimSpace(string(got)) != f[1] {
 			t.Errorf("%s = %q, %v, want %s", f[0], got, err, f[1])

@@ -24,6 +24,7 @@ import (
 	"slices"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/sandboxd/cgroup"
 
 	"go.uber.org/zap"
 )
@@ -50,14 +51,8 @@ type Config struct {
 	Log *zap.Logger
 }
 
-// Limits bound one sandbox. Zero means no limit, except for Pids.
-type Limits struct {
-	MemoryMiB int
-	CPUs      int
-	Pids      int // zero means 4096: a fork bomb must never be the host's problem
-}
-
-const defaultPids = 4096
+// Limits bound one sandbox.
+type Limits = cgroup.Limits
 
 // Spec is one sandbox. Destroy needs nothing else, so whoever starts a sandbox writes the Spec down first.
 type Spec struct {

@@ -5,6 +5,8 @@ import (
 	"path"
 	"slices"
 	"strings"
+
+	"github.com/sluice-edge/sluice/sandboxd/cgroup"
 )
 
 // A Plan says everything that the two stages will do, before anything is done. It is pure data: printed for golden files,
@@ -149,7 +151,7 @@ func layerName(dir string) string { return strings.ReplaceAll(strings.TrimPrefix
 
 // tmpfsMiB bounds a file system in memory to so many sixteenths of the sandbox's, or of 2 GiB when that has no limit. All
 // of them together must stay below it: what is in them cannot be freed by killing anybody.
-func (l Limits) tmpfsMiB(sixteenths int) int {
+func tmpfsMiB(l Limits, sixteenths int) int {
 	total := l.MemoryMiB
 	if total == 0 {
 		total = 2048
@@ -193,7 +195,7 @@ var rootlessQuotas = []Quota{
 }
 
 // compile is the whole layout of a sandbox, as data.
-func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
+func compile(cfg Config, spec Spec, v view, cg cgroup.Plan) Plan {
 	p := Plan{
 		ID: spec.ID, Dir: spec.Dir, NetNS: spec.NetNS, Rootless: cfg.Rootless, UIDBase: spec.UIDBase, Hostname: spec.hostname(),
 		Cgroups: cg.Dirs,
@@ -221,11 +223,11 @@ func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 	if cfg.Rootless {
 		p.UIDBase = 0
 	}
-	if !cg.has("memory") {
+	if !cg.Has("memory") {
 		p.DataMiB = spec.Limits.MemoryMiB
 	}
-	if !cg.has("pids") {
-		p.Nproc = spec.Limits.pids()
+	if !cg.Has("pids") {
+		p.Nproc = spec.Limits.Processes()
 	}
 	p.Workspace = Op{
 		Do: DoMount, FS: "tmpfs", Src: "workspace", Dst: path.Join(spec.Dir, stageName),
@@ -275,8 +277,8 @@ func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 		}
 		add(Op{Do: DoMount, FS: "tmpfs", Src: "tmpfs", Dst: rootPath + dst, Flags: flags, Data: data})
 	}
-	tmpfs("/tmp", spec.Limits.tmpfsMiB(6), 0o1777, "nosuid", "nodev")
-	tmpfs("/run", spec.Limits.tmpfsMiB(1), 0o755, "nosuid", "nodev")
+	tmpfs("/tmp", tmpfsMiB(spec.Limits, 6), 0o1777, "nosuid", "nodev")
+	tmpfs("/run", tmpfsMiB(spec.Limits, 1), 0o755, "nosuid", "nodev")
 	add(Op{Do: DoMkdir, Dst: rootPath + "/run/lock", Mode: 0o1777, UID: owner(0), GID: owner(0)})
 	tmpfs("/dev", 1, 0o755, "nosuid", "noexec")
 	for _, d := range devices {
@@ -296,7 +298,7 @@ func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 		Do: DoMount, FS: "devpts", Src: "devpts", Dst: rootPath + "/dev/pts", Flags: []string{"nosuid", "noexec"},
 		Data: "newinstance,ptmxmode=0666,mode=0620,max=1024" + ptsGroup,
 	})
-	tmpfs("/dev/shm", spec.Limits.tmpfsMiB(4), 0o1777, "nosuid", "nodev", "noexec")
+	tmpfs("/dev/shm", tmpfsMiB(spec.Limits, 4), 0o1777, "nosuid", "nodev", "noexec")
 	for _, l := range [][2]string{
 		{"pts/ptmx", "ptmx"}, {"/proc/self/fd", "fd"}, {"/proc/self/fd/0", "stdin"}, {"/proc/self/fd/1", "stdout"},
 		{"/proc/self/fd/2", "stderr"},
@@ -316,13 +318,6 @@ func compile(cfg Config, spec Spec, v view, cg cgroupPlan) Plan {
 	}
 	p.Inside = append(p.Inside, Op{Do: DoPivot, Dst: rootPath})
 	return p
-}
-
-func (l Limits) pids() int {
-	if l.Pids == 0 {
-		return defaultPids
-	}
-	return l.Pids
 }
 
 // bindVerb: inside a user namespace only whole trees may be bound.

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/sandboxd/cgroup"
 )
 
 func goldenSpec() Spec {
@@ -18,11 +19,11 @@ func goldenSpec() Spec {
 func TestPlanGolden(t *testing.T) {
 	cfg := Config{GuestdPath: "/usr/lib/sluice/guestd", StateDir: "/var/lib/sluice"}
 	host := view{dir: "/var/lib/sluice/view-1", programs: []string{"/usr", "/lib64"}, over: "/var/lib/sluice/over-1", idmap: true}
-	v1 := cgroupHost{base: map[string]string{"memory": "/cg/memory/own", "pids": "/cg/pids/own", "cpu": "/cg/cpu/own"}}
-	v2 := cgroupHost{base: map[string]string{"memory": "/cg/own", "pids": "/cg/own", "cpu": "/cg/own"}, unified: true}
+	v1 := cgroup.Host{Base: map[string]string{"memory": "/cg/memory/own", "pids": "/cg/pids/own", "cpu": "/cg/cpu/own"}}
+	v2 := cgroup.Host{Base: map[string]string{"memory": "/cg/own", "pids": "/cg/own", "cpu": "/cg/own"}, Unified: true}
 	spec := goldenSpec()
-	text := func(cfg Config, spec Spec, v view, h cgroupHost) string {
-		cg := h.plan(spec.cgroupName(), spec.Limits)
+	text := func(cfg Config, spec Spec, v view, h cgroup.Host) string {
+		cg := h.Plan(spec.cgroupName(), spec.Limits)
 		s := compile(cfg, spec, v, cg).String()
 		for _, f := range cg.Files {
 			s += "limit " + f[0] + " = " + f[1] + "\n"
@@ -37,7 +38,7 @@ func TestPlanGolden(t *testing.T) {
 
 	rootless, own := cfg, spec
 	rootless.Rootless, own.NetNS, own.UIDBase = true, "", 0
-	golden(t, "plan-rootless", text(rootless, own, host, cgroupHost{}))
+	golden(t, "plan-rootless", text(rootless, own, host, cgroup.Host{}))
 }
 
 // Whoever fills every file system in memory leaves some to run in: there is nobody to kill for what they hold.
@@ -46,7 +47,7 @@ func TestTmpfsLeavesMemory(t *testing.T) {
 		spec := goldenSpec()
 		spec.Limits.MemoryMiB = memory
 		total := 0
-		for _, op := range compile(Config{GuestdPath: "/g"}, spec, view{dir: "/v"}, cgroupPlan{}).Setup {
+		for _, op := range compile(Config{GuestdPath: "/g"}, spec, view{dir: "/v"}, cgroup.Plan{}).Setup {
 			var size int
 			if op.FS != "tmpfs" {
 				continue
@@ -103,36 +104,11 @@ func FuzzParseProc(f *testing.F) {
 				t.Errorf("inode %q is not in the text", inode)
 			}
 		}
-		if m, err := parseCgroupMounts(strings.NewReader(text)); err == nil {
-			for c, mount := range m {
-				if dir, err := mount.dir(path); err == nil && !strings.HasPrefix(dir, mount.point) && mount.point[0] == '/' {
-					t.Errorf("cgroup %q lies outside of its mount: %q", c, dir)
-				}
-			}
-		}
-		if _, err := parseSelfCgroup(strings.NewReader(text)); err != nil && len(text) < 60000 {
-			t.Errorf("parseSelfCgroup: %v", err)
-		}
 	})
 }
 
 func TestParseProc(t *testing.T) {
 	if n, err := parseStartTime([]byte("12 (a) b) S 1 1 1 0 -1 4194560 0 0 0 0 0 0 0 0 20 0 1 0 777 0")); n != 777 || err != nil {
 		t.Errorf("start time = %d, %v", n, err)
-	}
-	own, err := parseSelfCgroup(strings.NewReader("5:cpu,cpuacct:/a\n4:memory:/b:c\n0::/u\n"))
-	if err != nil || own["cpu"] != "/a" || own["memory"] != "/b:c" || own[""] != "/u" {
-		t.Errorf("own cgroups = %v, %v", own, err)
-	}
-	mounts, err := parseCgroupMounts(strings.NewReader(
-		"34 31 0:28 /outer /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"))
-	if err != nil || mounts["cpu"].point != "/sys/fs/cgroup/cpu,cpuacct" || mounts[""].point != "/sys/fs/cgroup/unified" {
-		t.Fatalf("mounts = %v, %v", mounts, err)
-	}
-	if dir, err := mounts["cpu"].dir("/outer/mine"); err != nil || dir != "/sys/fs/cgroup/cpu,cpuacct/mine" {
-		t.Errorf("own directory = %q, %v", dir, err)
-	}
-	if dir, err := mounts["cpu"].dir("/elsewhere"); err == nil {
-		t.Errorf("a cgroup outside of the mount = %q, want an error", dir)
 	}
 }

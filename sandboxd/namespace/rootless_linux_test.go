@@ -75,7 +75,7 @@ func testRootless(t *testing.T) {
 	check("ls -A /home; ls /proc | grep -c '^[0-9]' | awk '{print ($1 < 12)}'", "user\n1")
 	check("unshare -Ur id 2>&1 | grep -c 'not permitted'; grep -c -e "+b.spec.Dir+" /proc/self/mountinfo || true", "1\n0")
 
-	if len(m.cgroups.base) == 0 { // what stands in for them
+	if len(m.cgroups.Base) == 0 { // what stands in for them
 		if r := b.run(0, "self", "hog", "600"); r.Code == 0 {
 			t.Errorf("600 MiB with a limit of 256: %+v", r)
 		}

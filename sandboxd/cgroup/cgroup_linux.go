@@ -1,4 +1,4 @@
-package namespace
+package cgroup
 
 import (
 	"bufio"
@@ -16,33 +16,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroupHost is where on this host a sandbox's cgroups go, by controller. A sandbox's cgroup is a child of the daemon's
-// own: whatever bounds the daemon bounds its sandboxes too.
-type cgroupHost struct {
-	base    map[string]string // controller -> directory
-	unified bool              // version 2: all directories are the same one
+// Host is where on this host a sandbox's cgroups go. A sandbox's cgroup is a child of the daemon's own: whatever bounds the daemon
+// bounds its sandboxes too.
+type Host struct {
+	Base    map[string]string // controller -> directory
+	Unified bool              // version 2: all directories are the same one
 }
 
 // supervisorName is the leaf that the daemon moves to, because version 2 wants no process in a cgroup that has children
 // with controllers. systemd's DelegateSubgroup= may have put it there already.
 const supervisorName = "supervisor"
 
-var controllers = []string{"memory", "pids", "cpu"}
+// Controllers are those that limits want.
+var Controllers = []string{"memory", "pids", "cpu"}
 
-// cgroupPlan is the cgroups of one sandbox: directories to make, then files to write.
-type cgroupPlan struct {
+// Plan is the cgroups of one sandbox: directories to make, then files to write.
+type Plan struct {
 	Dirs        []string
 	Files       [][2]string
 	Controllers []string
 }
 
-func (p cgroupPlan) has(controller string) bool { return slices.Contains(p.Controllers, controller) }
+// Has tells whether a controller takes part.
+func (p Plan) Has(controller string) bool { return slices.Contains(p.Controllers, controller) }
 
-// plan is pure.
-func (h cgroupHost) plan(name string, l Limits) cgroupPlan {
-	var p cgroupPlan
-	for _, c := range controllers {
-		base, ok := h.base[c]
+// Plan is pure.
+func (h Host) Plan(name string, l Limits) Plan {
+	var p Plan
+	for _, c := range Controllers {
+		base, ok := h.Base[c]
 		if !ok {
 			continue
 		}
@@ -55,14 +57,14 @@ func (h cgroupHost) plan(name string, l Limits) cgroupPlan {
 		bytes := strconv.FormatInt(int64(l.MemoryMiB)<<20, 10)
 		switch {
 		case c == "pids":
-			file("pids.max", strconv.Itoa(l.pids()))
-		case c == "memory" && l.MemoryMiB > 0 && h.unified:
+			file("pids.max", strconv.Itoa(l.Processes()))
+		case c == "memory" && l.MemoryMiB > 0 && h.Unified:
 			file("memory.max", bytes)
 			file("memory.swap.max", "0")
 		case c == "memory" && l.MemoryMiB > 0:
 			file("memory.limit_in_bytes", bytes)
 			file("memory.memsw.limit_in_bytes", bytes) // memory and swap together; after the other, which may not exceed it
-		case c == "cpu" && l.CPUs > 0 && h.unified:
+		case c == "cpu" && l.CPUs > 0 && h.Unified:
 			file("cpu.max", fmt.Sprintf("%d 100000", l.CPUs*100000))
 		case c == "cpu" && l.CPUs > 0:
 			file("cpu.cfs_period_us", "100000")
@@ -72,7 +74,8 @@ func (h cgroupHost) plan(name string, l Limits) cgroupPlan {
 	return p
 }
 
-func (p cgroupPlan) make() error {
+// Make makes the cgroups, or sets the limits of those that exist.
+func (p Plan) Make() error {
 	for _, d := range p.Dirs {
 		if err := os.Mkdir(d, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 			return fmt.Errorf("make cgroup: %w", err)
@@ -80,7 +83,7 @@ func (p cgroupPlan) make() error {
 	}
 	for _, f := range p.Files {
 		err := writeFile(f[0], f[1])
-		if optionalCgroupFile(f[0]) && errors.Is(err, os.ErrNotExist) {
+		if optional(f[0]) && errors.Is(err, os.ErrNotExist) {
 			continue // a kernel that does not account for swap
 		}
 		if err != nil {
@@ -90,13 +93,13 @@ func (p cgroupPlan) make() error {
 	return nil
 }
 
-func optionalCgroupFile(name string) bool {
+func optional(name string) bool {
 	base := filepath.Base(name)
 	return base == "memory.swap.max" || base == "memory.memsw.limit_in_bytes"
 }
 
-// removeCgroup kills what is left inside and removes the directory. Idempotent.
-func removeCgroup(ctx context.Context, dir string) error {
+// Remove kills what is left inside and removes the directory. Idempotent.
+func Remove(ctx context.Context, dir string) error {
 	for {
 		err := unix.Rmdir(dir)
 		if err == nil || errors.Is(err, unix.ENOENT) {
@@ -105,7 +108,7 @@ func removeCgroup(ctx context.Context, dir string) error {
 		if !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("remove cgroup %s: %w", dir, err)
 		}
-		if kerr := killCgroup(dir); kerr != nil {
+		if kerr := killAll(dir); kerr != nil {
 			return fmt.Errorf("empty cgroup %s: %w", dir, kerr)
 		}
 		// A killed process leaves its cgroup only when it has been torn down; there is nothing to wait on in version 1.
@@ -115,27 +118,27 @@ func removeCgroup(ctx context.Context, dir string) error {
 	}
 }
 
-func killCgroup(dir string) error {
+func killAll(dir string) error {
 	err := writeFile(filepath.Join(dir, "cgroup.kill"), "1")
 	if err == nil {
 		return nil
 	}
 	// A frozen process does not die of a signal until it is thawed.
 	_ = writeFile(filepath.Join(dir, "freezer.state"), "THAWED")
-	pids, err := cgroupMembers(dir)
+	pids, err := members(dir)
 	if err != nil {
 		return err
 	}
 	for _, pid := range pids {
-		killIf(pid, func() bool {
-			now, err := cgroupMembers(dir)
+		kill(pid, func() bool {
+			now, err := members(dir)
 			return err == nil && slices.Contains(now, pid)
 		})
 	}
 	return nil
 }
 
-func cgroupMembers(dir string) ([]int, error) {
+func members(dir string) ([]int, error) {
 	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) {
 		return nil, nil
@@ -152,54 +155,71 @@ func cgroupMembers(dir string) ([]int, error) {
 	return pids, nil
 }
 
-// probeCgroups finds the directories in which this process may make cgroups with limits. Every reason why a controller
-// cannot be had is in why.
-func probeCgroups() (h cgroupHost, why []string) {
-	h.base = map[string]string{}
-	own, mounts, err := readCgroups()
+// Probe finds the directories in which this process may make cgroups with limits. Every reason why a controller cannot be had is
+// in why.
+func Probe() (h Host, why []string) {
+	h.Base = map[string]string{}
+	own, mounts, err := readHierarchies()
 	if err != nil {
 		return h, []string{err.Error()}
 	}
-	for _, c := range controllers {
+	for _, c := range Controllers {
 		m, ok := mounts[c]
 		if !ok {
 			continue
 		}
 		dir, err := m.dir(own[c])
 		if err == nil {
-			err = tryCgroup(dir, c)
+			err = try(dir, c)
 		}
 		if err != nil {
 			why = append(why, fmt.Sprintf("%s: %v", c, err))
 			continue
 		}
-		h.base[c] = dir
+		h.Base[c] = dir
 	}
-	if len(h.base) > 0 || len(why) > 0 {
+	if len(h.Base) > 0 || len(why) > 0 {
 		return h, why
 	}
 	m, ok := mounts[""]
 	if !ok {
 		return h, []string{"no cgroup file system is mounted"}
 	}
-	h.unified = true
+	h.Unified = true
 	dir, err := m.dir(own[""])
 	if err == nil {
-		h.base, err = prepareUnified(dir)
+		h.Base, err = prepareUnified(dir)
 	}
 	if err != nil && os.Geteuid() == 0 {
 		// Other processes live beside us, as in a terminal's scope. The root may have children and processes both.
-		h.base, err = prepareUnified(m.point)
+		h.Base, err = prepareUnified(m.point)
 	}
 	if err != nil {
-		return cgroupHost{}, []string{err.Error()}
+		return Host{}, []string{err.Error()}
 	}
-	for _, c := range controllers {
-		if _, ok := h.base[c]; !ok {
+	for _, c := range Controllers {
+		if _, ok := h.Base[c]; !ok {
 			why = append(why, c+": not delegated to this cgroup")
 		}
 	}
 	return h, why
+}
+
+// Limitations says, for each controller that is missing, why that is and what happens instead. why is what Probe returned.
+func (h Host) Limitations(why []string, instead map[string]string) (out []string) {
+	for _, c := range Controllers {
+		if _, ok := h.Base[c]; ok {
+			continue
+		}
+		reason := "no such controller"
+		for _, w := range why {
+			if strings.HasPrefix(w, c+":") || !strings.Contains(w, ":") || len(why) == 1 {
+				reason = w
+			}
+		}
+		out = append(out, fmt.Sprintf("no %s cgroup (%s): %s", c, reason, instead[c]))
+	}
+	return out
 }
 
 // prepareUnified makes dir, or the parent of a supervisor leaf, hand its controllers to children.
@@ -213,7 +233,7 @@ func prepareUnified(dir string) (map[string]string, error) {
 	}
 	base := map[string]string{}
 	for _, c := range strings.Fields(string(b)) {
-		if !slices.Contains(controllers, c) {
+		if !slices.Contains(Controllers, c) {
 			continue
 		}
 		err := writeFile(filepath.Join(dir, "cgroup.subtree_control"), "+"+c)
@@ -223,7 +243,7 @@ func prepareUnified(dir string) (map[string]string, error) {
 		if err != nil {
 			return nil, fmt.Errorf("hand %s to children: %w", c, err)
 		}
-		if err := tryCgroup(dir, c); err != nil {
+		if err := try(dir, c); err != nil {
 			return nil, err
 		}
 		base[c] = dir
@@ -249,7 +269,7 @@ func leaveForSupervisor(dir, controller string) error {
 }
 
 // tryCgroup makes a cgroup and removes it again: permission bits alone do not tell.
-func tryCgroup(dir, controller string) error {
+func try(dir, controller string) error {
 	probe := filepath.Join(dir, fmt.Sprintf("sluice-probe-%d", os.Getpid()))
 	if err := os.Mkdir(probe, 0o755); err != nil {
 		return err
@@ -265,10 +285,10 @@ func tryCgroup(dir, controller string) error {
 	return fmt.Errorf("no %s in a new cgroup", file)
 }
 
-// cgroupMount is one mounted hierarchy. root is the part of it that the mount shows.
-type cgroupMount struct{ root, point string }
+// mount is one mounted hierarchy. root is the part of it that the mount shows.
+type mount struct{ root, point string }
 
-func (m cgroupMount) dir(own string) (string, error) {
+func (m mount) dir(own string) (string, error) {
 	rel, err := filepath.Rel(m.root, own)
 	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
 		return "", fmt.Errorf("own cgroup %s is outside of what is mounted at %s", own, m.point)
@@ -276,7 +296,7 @@ func (m cgroupMount) dir(own string) (string, error) {
 	return filepath.Join(m.point, rel), nil
 }
 
-func readCgroups() (own map[string]string, mounts map[string]cgroupMount, err error) {
+func readHierarchies() (own map[string]string, mounts map[string]mount, err error) {
 	self, err := os.Open("/proc/self/cgroup")
 	if err != nil {
 		return nil, nil, err
@@ -287,16 +307,16 @@ func readCgroups() (own map[string]string, mounts map[string]cgroupMount, err er
 		return nil, nil, err
 	}
 	defer info.Close()
-	own, err = parseSelfCgroup(self)
+	own, err = parseSelf(self)
 	if err != nil {
 		return nil, nil, err
 	}
-	mounts, err = parseCgroupMounts(info)
+	mounts, err = parseMounts(info)
 	return own, mounts, err
 }
 
-// parseSelfCgroup reads /proc/self/cgroup: controller -> path; the empty controller is version 2.
-func parseSelfCgroup(r io.Reader) (map[string]string, error) {
+// parseSelf reads /proc/self/cgroup: controller -> path; the empty controller is version 2.
+func parseSelf(r io.Reader) (map[string]string, error) {
 	own := map[string]string{}
 	sc := bufio.NewScanner(r)
 	for sc.Scan() {
@@ -311,9 +331,9 @@ func parseSelfCgroup(r io.Reader) (map[string]string, error) {
 	return own, sc.Err()
 }
 
-// parseCgroupMounts reads /proc/self/mountinfo: controller -> its mount; the empty controller is version 2.
-func parseCgroupMounts(r io.Reader) (map[string]cgroupMount, error) {
-	mounts := map[string]cgroupMount{}
+// parseMounts reads /proc/self/mountinfo: controller -> its mount; the empty controller is version 2.
+func parseMounts(r io.Reader) (map[string]mount, error) {
+	mounts := map[string]mount{}
 	sc := bufio.NewScanner(r)
 	for sc.Scan() {
 		before, after, ok := strings.Cut(sc.Text(), " - ")
@@ -321,13 +341,13 @@ func parseCgroupMounts(r io.Reader) (map[string]cgroupMount, error) {
 		if !ok || len(left) < 5 || len(right) < 3 {
 			continue
 		}
-		m := cgroupMount{root: left[3], point: left[4]}
+		m := mount{root: left[3], point: left[4]}
 		switch right[0] {
 		case "cgroup2":
 			mounts[""] = m
 		case "cgroup":
 			for _, opt := range strings.Split(right[2], ",") {
-				if slices.Contains(controllers, opt) {
+				if slices.Contains(Controllers, opt) {
 					mounts[opt] = m
 				}
 			}
@@ -344,5 +364,32 @@ func sleep(ctx context.Context, d time.Duration) error {
 		return context.Cause(ctx)
 	case <-t.C:
 		return nil
+	}
+}
+
+func writeFile(name, content string) error {
+	f, err := os.OpenFile(name, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = f.WriteString(content)
+	return err
+}
+
+// kill kills a process that still is a member once its number is pinned by a descriptor.
+func kill(pid int, member func() bool) {
+	if pid == os.Getpid() {
+		return
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if member() {
+		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+		// Whoever started it collects it. The caller looks again, so the end of this wait proves nothing.
+		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 1000)
 	}
 }
