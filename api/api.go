@@ -39,7 +39,7 @@ type Sandboxes interface {
 	Kill(ctx context.Context, id string) error
 	SetTimeout(ctx context.Context, id string, d time.Duration) error
 	Refresh(ctx context.Context, id string, d time.Duration) error
-	Connect(ctx context.Context, id string, d time.Duration) (sb sandboxd.Sandbox, resumed bool, err error)
+	Connect(ctx context.Context, id string, opts sandboxd.ConnectOptions) (sb sandboxd.Sandbox, resumed bool, err error)
 	UpdateNetwork(ctx context.Context, id string, network sandboxd.Network) error
 	Pause(ctx context.Context, id string, keepMemory bool) error
 	Metrics(ctx context.Context, id string) ([]sandboxd.Metrics, error)

@@ -133,7 +133,7 @@ func (m *memory) Refresh(_ context.Context, id string, d time.Duration) error {
 	})
 }
 
-func (m *memory) Connect(ctx context.Context, id string, d time.Duration) (sandboxd.Sandbox, bool, error) {
+func (m *memory) Connect(ctx context.Context, id string, opts sandboxd.ConnectOptions) (sandboxd.Sandbox, bool, error) {
 	resumed := false
 	err := m.edit(id, func(sb *sandboxd.Sandbox) error {
 		resumed = sb.State == sandboxd.StatePaused
@@ -141,7 +141,7 @@ func (m *memory) Connect(ctx context.Context, id string, d time.Duration) (sandb
 		return nil
 	})
 	if err == nil {
-		err = m.Refresh(ctx, id, d)
+		err = m.Refresh(ctx, id, opts.Timeout)
 	}
 	if err != nil {
 		return sandboxd.Sandbox{}, false, err

@@ -285,7 +285,7 @@ func (h *handler) connect(ctx context.Context, rawID string, asked *int64, unask
 		}
 		timeout = max(time.Second, time.Duration(*asked)*time.Second) // 0 asks for no more time, which is no mistake here
 	}
-	connected, resumed, err := h.sandboxes.Connect(ctx, sb.ID, timeout)
+	connected, resumed, err := h.sandboxes.Connect(ctx, sb.ID, sandboxd.ConnectOptions{Timeout: timeout})
 	return connected, resumed, unseen(sb.ID, err)
 }
 

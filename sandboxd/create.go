@@ -1,7 +1,9 @@
 package sandboxd
 
 import (
+	"cmp"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"maps"
 	"time"
@@ -23,7 +25,7 @@ func (m *Manager) Create(ctx context.Context, spec CreateSpec) (Sandbox, error) 
 		return Sandbox{}, err
 	}
 	defer leave()
-	tmpl, alias, err := m.templates.find(spec.Template)
+	tmpl, alias, err := m.findTemplate(spec.Template)
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -50,7 +52,7 @@ func (m *Manager) Create(ctx context.Context, spec CreateSpec) (Sandbox, error) 
 	}
 
 	began := time.Now()
-	err = m.boot(ctx, l, spec, fence)
+	err = m.boot(ctx, l, initRequest(l, spec, tmpl), spec.Timeout, fence)
 	if err != nil {
 		m.condemn(l, GoneCreateFailed)
 		l.endTurn()
@@ -65,7 +67,7 @@ func (m *Manager) Create(ctx context.Context, spec CreateSpec) (Sandbox, error) 
 }
 
 // boot takes the steps of create in their order. The caller holds the turn and removes what is there when boot fails.
-func (m *Manager) boot(ctx context.Context, l *life, spec CreateSpec, fence egress.Policy) error {
+func (m *Manager) boot(ctx context.Context, l *life, init guest.InitRequest, timeout time.Duration, fence egress.Policy) error {
 	ctx, cancel := l.within(ctx)
 	defer cancel()
 	phase := m.stats.phases()
@@ -88,7 +90,8 @@ func (m *Manager) boot(ctx context.Context, l *life, spec CreateSpec, fence egre
 	}
 	initCtx, cancelInit := context.WithTimeout(ctx, guestTime)
 	defer cancelInit()
-	if err := instance.Init(initCtx, initRequest(l, spec, rec.Sandbox)); err != nil {
+	init.Timestamp = time.Now()
+	if err := instance.Init(initCtx, init); err != nil {
 		return fmt.Errorf("init guest: %w", err)
 	}
 	if err := instance.Health(initCtx); err != nil {
@@ -98,7 +101,7 @@ func (m *Manager) boot(ctx context.Context, l *life, spec CreateSpec, fence egre
 
 	rec.Sandbox.State = StateRunning
 	rec.Sandbox.StartedAt = now()
-	rec.Sandbox.EndAt = rec.Sandbox.StartedAt.Add(spec.Timeout)
+	rec.Sandbox.EndAt = rec.Sandbox.StartedAt.Add(timeout)
 	rec.Handle = instance.Handle()
 	if err := m.journal.write(rec); err != nil {
 		return err
@@ -186,6 +189,7 @@ func (m *Manager) reserve(spec CreateSpec, tmpl Template, alias string) (*life, 
 		Team:            spec.Team,
 		Nonce:           spec.Nonce,
 		TokenHash:       spec.TokenHash,
+		EnvdHash:        hashOf(spec.EnvdToken),
 		AutoPause:       spec.AutoPause,
 		AutoPauseMemory: spec.AutoPauseMemory,
 		AutoResume:      spec.AutoResume,
@@ -214,16 +218,24 @@ func (m *Manager) createError(ctx context.Context, l *life, err error) error {
 	return &errs.Error{Code: errs.Internal, Msg: "Failed to place sandbox: the node could not start it", Err: err}
 }
 
-// initRequest is what a guest is told about itself. A caller's variables win over ours.
-func initRequest(l *life, spec CreateSpec, sb Sandbox) guest.InitRequest {
-	env := map[string]string{"E2B_SANDBOX": "true", "E2B_SANDBOX_ID": sb.ID, "E2B_TEMPLATE_ID": sb.Template}
+// hashOf is what the node keeps of a token.
+func hashOf(token string) TokenHash {
+	if token == "" {
+		return TokenHash{}
+	}
+	return sha256.Sum256([]byte(token))
+}
+
+// initRequest is what a guest is told about itself. A caller's variables win over ours, and both over what the template has set.
+func initRequest(l *life, spec CreateSpec, tmpl Template) guest.InitRequest {
+	env := map[string]string{"E2B_SANDBOX": "true", "E2B_SANDBOX_ID": l.id, "E2B_TEMPLATE_ID": tmpl.ID}
 	maps.Copy(env, spec.EnvVars)
 	return guest.InitRequest{
-		EnvVars:     env,
-		AccessToken: spec.EnvdToken,
-		Timestamp:   time.Now(),
-		DefaultUser: "user",
-		Hostname:    sb.ID,
-		LifecycleID: fmt.Sprintf("%s-%d", sb.ID, l.generation),
+		EnvVars:        env,
+		AccessToken:    spec.EnvdToken,
+		DefaultUser:    cmp.Or(tmpl.User, "user"),
+		DefaultWorkdir: tmpl.Workdir,
+		Hostname:       l.id,
+		LifecycleID:    fmt.Sprintf("%s-%d", l.id, l.generation),
 	}
 }

@@ -33,15 +33,6 @@ func (m *Manager) Refresh(ctx context.Context, id string, d time.Duration) error
 	return err
 }
 
-// Connect returns a sandbox that will live for at least d from now; resumed tells that it had to be woken.
-func (m *Manager) Connect(ctx context.Context, id string, d time.Duration) (sb Sandbox, resumed bool, err error) {
-	if err := m.checkTimeout(d); err != nil {
-		return Sandbox{}, false, err
-	}
-	sb, err = m.moveEnd(ctx, id, extendTo(d))
-	return sb, false, err
-}
-
 func extendTo(d time.Duration) func(Sandbox, time.Time) time.Time {
 	return func(sb Sandbox, now time.Time) time.Time {
 		if end := now.Add(d); end.After(sb.EndAt) {

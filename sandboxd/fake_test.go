@@ -216,10 +216,13 @@ func (m fakeMachine) Start(ctx context.Context, p Place, fence egress.Policy, re
 	if err := os.WriteFile(p.Dir+"/rw", []byte("private layer"), 0o600); err != nil {
 		return nil, err
 	}
+	reached(StepLayer)
 	proc := &fakeProc{host: h, id: p.ID, slot: p.Slot, done: make(chan struct{}), listeners: make(map[uint16]net.Listener)}
 	h.mu.Lock()
 	h.procs[p.ID] = proc
 	h.mu.Unlock()
+	reached(StepProcess)
+	reached(StepRestored)
 	if err := h.ask(ctx, "start"); err != nil {
 		return nil, err
 	}

@@ -85,8 +85,11 @@ func (m *Manager) place(rec record) Place {
 
 // visible tells whether clients may see the sandbox. Manager.mu is held.
 func (l *life) visible() bool {
-	state := l.rec.Sandbox.State
-	return state == StateRunning || state == StatePaused
+	switch l.rec.Sandbox.State {
+	case StateRunning, StatePausing, StatePaused, StateResuming:
+		return true
+	}
+	return false
 }
 
 // shown finds a sandbox that clients may see. Manager.mu is held.
@@ -186,17 +189,6 @@ func (m *Manager) setRecord(l *life, rec record) bool {
 	}
 	l.rec = rec
 	return true
-}
-
-// Pause answers that this node cannot, for a sandbox that exists. No machine here can save what runs.
-func (m *Manager) Pause(ctx context.Context, id string, keepMemory bool) error {
-	_, end, err := m.begin(ctx, id)
-	if err != nil {
-		return err
-	}
-	defer end()
-	return errs.New(errs.Invalid, "Sandbox %q cannot be paused: the %s machine of this node has no snapshots; keep it alive with a longer "+
-		"timeout instead, or run the node with a machine that can pause", id, m.machine.Name())
 }
 
 func notFound(id string) error {

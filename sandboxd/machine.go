@@ -52,7 +52,8 @@ type Machine interface {
 	// Occupied lists the slots of which something exists on the host.
 	Occupied(ctx context.Context) ([]int, error)
 	// Log returns the end of what the sandbox's console and its agent have said, at most max bytes, also after its process has ended
-	// and as long as its directory exists. Nothing was said: no bytes and no error. The sandbox chose every byte of it.
+	// and as long as its directory exists. Nothing was said: no bytes and no error. The sandbox chose every byte of it. It may be
+	// called at any time, whatever else is done to the place.
 	Log(p Place, max int64) ([]byte, error)
 }
 
@@ -102,6 +103,15 @@ type Suspended interface {
 type Preparer interface {
 	// Prepare makes of a free slot whatever does not depend on the sandbox. Start and Resume find it; Destroy removes it, by its slot.
 	Prepare(ctx context.Context, slot int) error
+}
+
+// Templates is what a Machine is as well when templates are made while the node runs. It is asked at every create and every list, so
+// that a new one is seen at once; the manager then has no templates of its own but those of its Options.
+type Templates interface {
+	// Template finds one by a reference as the API's grammar has it, in lower case. An unknown one is NotFound.
+	Template(reference string) (Template, error)
+	// Templates lists all.
+	Templates() ([]Template, error)
 }
 
 // Instance is a started sandbox.

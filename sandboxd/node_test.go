@@ -214,20 +214,32 @@ func TestDeadlines(t *testing.T) {
 		code errs.Code
 		end  time.Duration // after create, when the act was 30 s after it
 	}{
-		"left alone":             {func(*node, string) error { return nil }, 0, minute},
-		"extended":               {func(n *node, id string) error { return n.m.SetTimeout(ctx, id, 5*minute) }, 0, 30*time.Second + 5*minute},
-		"shortened":              {func(n *node, id string) error { return n.m.SetTimeout(ctx, id, time.Second) }, 0, 31 * time.Second},
-		"ended":                  {func(n *node, id string) error { return n.m.SetTimeout(ctx, id, 0) }, 0, 30 * time.Second},
-		"negative":               {func(n *node, id string) error { return n.m.SetTimeout(ctx, id, -minute) }, 0, 30 * time.Second},
-		"capped":                 {func(n *node, id string) error { return n.m.SetTimeout(ctx, id, 100*time.Hour) }, 0, 24 * time.Hour},
-		"refreshed":              {func(n *node, id string) error { return n.m.Refresh(ctx, id, minute) }, 0, 90 * time.Second},
-		"refreshed by less":      {func(n *node, id string) error { return n.m.Refresh(ctx, id, 20*time.Second) }, 0, minute},
-		"refreshed by nothing":   {func(n *node, id string) error { return n.m.Refresh(ctx, id, 0) }, 0, minute},
-		"refreshed too far":      {func(n *node, id string) error { return n.m.Refresh(ctx, id, 3601*time.Second) }, errs.Invalid, minute},
-		"connected":              {func(n *node, id string) error { _, _, err := n.m.Connect(ctx, id, 2*minute); return err }, 0, 150 * time.Second},
-		"connected for less":     {func(n *node, id string) error { _, _, err := n.m.Connect(ctx, id, time.Second); return err }, 0, minute},
-		"connected for nothing":  {func(n *node, id string) error { _, _, err := n.m.Connect(ctx, id, 0); return err }, errs.Invalid, minute},
-		"connected for too long": {func(n *node, id string) error { _, _, err := n.m.Connect(ctx, id, 25*time.Hour); return err }, errs.Invalid, minute},
+		"left alone":           {func(*node, string) error { return nil }, 0, minute},
+		"extended":             {func(n *node, id string) error { return n.m.SetTimeout(ctx, id, 5*minute) }, 0, 30*time.Second + 5*minute},
+		"shortened":            {func(n *node, id string) error { return n.m.SetTimeout(ctx, id, time.Second) }, 0, 31 * time.Second},
+		"ended":                {func(n *node, id string) error { return n.m.SetTimeout(ctx, id, 0) }, 0, 30 * time.Second},
+		"negative":             {func(n *node, id string) error { return n.m.SetTimeout(ctx, id, -minute) }, 0, 30 * time.Second},
+		"capped":               {func(n *node, id string) error { return n.m.SetTimeout(ctx, id, 100*time.Hour) }, 0, 24 * time.Hour},
+		"refreshed":            {func(n *node, id string) error { return n.m.Refresh(ctx, id, minute) }, 0, 90 * time.Second},
+		"refreshed by less":    {func(n *node, id string) error { return n.m.Refresh(ctx, id, 20*time.Second) }, 0, minute},
+		"refreshed by nothing": {func(n *node, id string) error { return n.m.Refresh(ctx, id, 0) }, 0, minute},
+		"refreshed too far":    {func(n *node, id string) error { return n.m.Refresh(ctx, id, 3601*time.Second) }, errs.Invalid, minute},
+		"connected": {func(n *node, id string) error {
+			_, _, err := n.m.Connect(ctx, id, ConnectOptions{Timeout: 2 * minute})
+			return err
+		}, 0, 150 * time.Second},
+		"connected for less": {func(n *node, id string) error {
+			_, _, err := n.m.Connect(ctx, id, ConnectOptions{Timeout: time.Second})
+			return err
+		}, 0, minute},
+		"connected for nothing": {func(n *node, id string) error {
+			_, _, err := n.m.Connect(ctx, id, ConnectOptions{Timeout: 0})
+			return err
+		}, errs.Invalid, minute},
+		"connected for too long": {func(n *node, id string) error {
+			_, _, err := n.m.Connect(ctx, id, ConnectOptions{Timeout: 25 * time.Hour})
+			return err
+		}, errs.Invalid, minute},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -321,7 +333,7 @@ func TestRequestsDuringAKill(t *testing.T) {
 		wantError(t, "Refresh", n.m.Refresh(ctx, sb.ID, time.Hour), errs.Conflict, text)
 		wantError(t, "Pause", n.m.Pause(ctx, sb.ID, true), errs.Conflict, text)
 		wantError(t, "UpdateNetwork", n.m.UpdateNetwork(ctx, sb.ID, Network{}), errs.Conflict, text)
-		_, _, err := n.m.Connect(ctx, sb.ID, time.Hour)
+		_, _, err := n.m.Connect(ctx, sb.ID, ConnectOptions{Timeout: time.Hour})
 		wantError(t, "Connect", err, errs.Conflict, text)
 		if len(killed) != 0 {
 			t.Error("Kill returned before the sandbox was gone")

@@ -386,7 +386,7 @@ func storm(t *testing.T) {
 				}
 				var inner sync.WaitGroup
 				inner.Go(func() { n.m.SetTimeout(t.Context(), sb.ID, time.Duration(j%3)*time.Millisecond) })
-				inner.Go(func() { n.m.Connect(t.Context(), sb.ID, time.Minute) })
+				inner.Go(func() { n.m.Connect(t.Context(), sb.ID, ConnectOptions{Timeout: time.Minute}) })
 				inner.Go(func() { n.m.Kill(t.Context(), sb.ID) })
 				inner.Go(func() { n.m.UpdateNetwork(t.Context(), sb.ID, Network{DenyOut: []string{"1.1.1.1"}}) })
 				inner.Go(func() { n.m.Open(t.Context(), sb.ID, sb.Generation, 80) })

@@ -57,6 +57,7 @@ func routeOf(sb Sandbox) Published {
 		Mask:       sb.Network.MaskRequestHost,
 		HTTPSPorts: sb.Network.HTTPSPorts,
 		AutoResume: sb.AutoResume,
+		EnvdHash:   sb.EnvdHash,
 	}
 }
 

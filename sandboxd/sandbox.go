@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// State is where a sandbox is in its life. Only running and paused ones are shown to clients; the others are transitions,
-// during which a request waits or is told to come back. Adopting is never written to disk: it is that of a sandbox of an earlier
+// State is where a sandbox is in its life. Clients know running and paused ones; pausing and resuming count as paused for them, and the
+// others are not shown. All but these two are transitions, during which a request waits or is told to come back. Adopting is never written to disk: it is that of a sandbox of an earlier
 // run, from its record being read until its process has been found.
 type State string
 
@@ -80,7 +80,7 @@ type CreateSpec struct {
 	Team      string
 	Nonce     Nonce
 	TokenHash TokenHash // SHA-256 of the traffic token; zero means public
-	EnvdToken string
+	EnvdToken string    // the sandbox keeps its SHA-256, too
 
 	AutoPause       bool // at the deadline pause instead of kill, where the machine can
 	AutoPauseMemory bool
@@ -107,10 +107,46 @@ type Sandbox struct {
 	Team       string            `json:"team,omitempty"`
 	Nonce      Nonce             `json:"nonce"`
 	TokenHash  TokenHash         `json:"tokenHash"`
+	EnvdHash   TokenHash         `json:"envdHash"` // SHA-256 of the agent's token, for edges; zero means that there is none
 
 	AutoPause       bool `json:"autoPause,omitempty"`
 	AutoPauseMemory bool `json:"autoPauseMemory,omitempty"`
 	AutoResume      bool `json:"autoResume,omitempty"`
+}
+
+// ConnectOptions is what Connect is told.
+type ConnectOptions struct {
+	Timeout    time.Duration // the sandbox lives at least this long from now
+	EnvdToken  string        // the agent's, for a guest that boots anew because its memory was not saved; it is not written down
+	DropMemory bool          // boot from the disk although memory was saved; a sandbox that runs is left alone
+}
+
+// Snapshot is a copy of a running sandbox, memory and disk, that sandboxes are made from: by its ID or its name in place of a template's.
+type Snapshot struct {
+	ID        string    `json:"id"`
+	Name      string    `json:"name,omitempty"`
+	Team      string    `json:"team,omitempty"` // the only one that knows it
+	SandboxID string    `json:"sandbox"`        // what it was copied from
+	Template  string    `json:"template"`       // id of the template of that
+	CPUs      int       `json:"cpus"`
+	MemoryMiB int       `json:"memoryMiB"`
+	DiskMiB   int       `json:"diskMiB"`
+	Created   time.Time `json:"created"`
+	Bytes     int64     `json:"bytes"` // of disk space
+}
+
+// ForkSpec is what a caller says about one copy of a running sandbox; all else is as the sandbox has it.
+type ForkSpec struct {
+	Timeout   time.Duration
+	Nonce     Nonce
+	TokenHash TokenHash
+	EnvdToken string
+}
+
+// ForkResult is what became of one ForkSpec: a sandbox or an error.
+type ForkResult struct {
+	Sandbox Sandbox
+	Err     error
 }
 
 // Metrics is one sample of what a sandbox uses, as its guest agent reports it.

@@ -30,11 +30,12 @@ type Options struct {
 	// connections. Removal waits for it a second at most.
 	OnGone func(sandbox string, generation uint64)
 
-	Templates         []Template    // besides base and code-interpreter-v1; the same ID replaces
+	Templates         []Template    // besides the machine's; where it has none besides base and code-interpreter-v1, and the same ID replaces
 	MaxSandboxes      int           // zero means 100; never more than the machine has places
 	ConcurrentCreates int           // zero means 8; further ones wait for a while
 	MaxTimeout        time.Duration // longest life from start; zero means 24h
 	LeaseTTL          time.Duration // of the node's lease; renewed every third of it; zero means 10s
+	ReadySlots        int           // slots prepared ahead where the machine can; zero means 2, less than zero none
 
 	// KeepSandboxes leaves sandboxes running when Run ends, for a restarted orchestrator to take up. Otherwise they are killed, and
 	// nothing of them stays on the host.
@@ -115,11 +116,15 @@ func New(opts Options) (*Manager, error) {
 	if opts.Metrics == nil {
 		opts.Metrics = metrics.NewSet()
 	}
+	builtin := builtinTemplates
+	if _, ok := opts.Machine.(Templates); ok {
+		builtin = nil
+	}
 	m := &Manager{
 		opts:      opts,
 		machine:   opts.Machine,
 		publisher: opts.Publisher,
-		templates: newTemplates(opts.Templates),
+		templates: newTemplates(opts.Templates, builtin),
 		journal:   journal{filepath.Join(dir, "sandboxes"), &reserve{path: filepath.Join(dir, "reserve")}},
 		slots:     newSlots(opts.Machine.Slots()),
 		log:       opts.Log.Named("sandboxd"),
@@ -181,9 +186,6 @@ func (m *Manager) Run(ctx context.Context) error {
 	}
 	return errors.Join(err, m.stop())
 }
-
-// Templates lists what sandboxes can be made from.
-func (m *Manager) Templates() []Template { return m.templates.list }
 
 // Capacity is what the node says of itself in its lease.
 func (m *Manager) Capacity() Capacity {

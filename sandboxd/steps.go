@@ -4,16 +4,36 @@ package sandboxd
 // the last one is a phase in the histogram, and the crash tests stop the process at every one of them.
 type Step string
 
-// The steps of create, in order. A machine without a network of its own skips network and fence.
+// The steps of create, in order. A machine without a network of its own skips network and fence, one whose sandboxes are processes of
+// this host skips layer, process and restored.
 const (
 	StepRecorded  Step = "recorded"  // the record is on disk, and nothing else exists
 	StepNetwork   Step = "network"   // the network namespace and its way out exist
 	StepFence     Step = "fence"     // the egress rules are in force
+	StepLayer     Step = "layer"     // the private writable disk is there
+	StepProcess   Step = "process"   // the hypervisor runs
+	StepRestored  Step = "restored"  // the memory is there, or the kernel has booted
 	StepStarted   Step = "started"   // the guest answers on its control connection; it dies with us
 	StepInit      Step = "init"      // the guest has its identity
 	StepHandle    Step = "handle"    // the record says running, and how to find the process
 	StepCommitted Step = "committed" // the process outlives us
 	StepPublished Step = "published" // edges can find it
+)
+
+// The steps of a pause, in order. After saved the place is destroyed, as in a removal.
+const (
+	StepPausing Step = "pausing" // the record says pausing
+	StepHidden  Step = "hidden"  // the route says paused, and the connections are reset
+	StepFrozen  Step = "frozen"  // the guest stands still
+	StepSaved   Step = "saved"   // what it consists of is on disk, whole, and its process has ended
+	StepPaused  Step = "paused"  // the record says paused and names no slot: only the directory is left
+)
+
+// The steps of a resume, in order, besides those that it has in common with create.
+const (
+	StepResuming  Step = "resuming"  // the record says resuming and names the slot, of which nothing exists yet
+	StepContinued Step = "continued" // the guest runs
+	StepRunning   Step = "running"   // the record says running
 )
 
 // The steps of removal, in order.
@@ -26,6 +46,7 @@ const (
 )
 
 var (
-	createSteps = []Step{StepRecorded, StepNetwork, StepFence, StepStarted, StepInit, StepHandle, StepCommitted, StepPublished}
+	createSteps = []Step{StepRecorded, StepNetwork, StepFence, StepLayer, StepProcess, StepRestored, StepStarted, StepInit, StepHandle,
+		StepCommitted, StepPublished}
 	removeSteps = []Step{StepWithdrawn, StepCondemned, StepStopped, StepUnwired, StepErased}
 )

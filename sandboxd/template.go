@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 
+	"go.uber.org/zap"
+
 	"github.com/sluice-edge/sluice/internal/errs"
 )
 
@@ -16,6 +18,9 @@ type Template struct {
 	CPUs      int      // zero means 2
 	MemoryMiB int      // zero means 512
 	DiskMiB   int      // zero means 1024
+
+	User    string // whom the agent runs commands as; "" means user
+	Workdir string // where it runs them; "" leaves it to the agent
 }
 
 // builtinTemplates are what the two SDK packages ask for. They share one root until templates can be built.
@@ -27,12 +32,12 @@ type templates struct {
 	byName map[string]Template
 }
 
-func newTemplates(more []Template) templates {
+func newTemplates(more, builtin []Template) templates {
 	t := templates{byName: make(map[string]Template)}
 	for _, tmpl := range more {
 		t.list = append(t.list, tmpl.withDefaults())
 	}
-	for _, tmpl := range builtinTemplates {
+	for _, tmpl := range builtin {
 		if !slices.ContainsFunc(more, func(other Template) bool { return other.ID == tmpl.ID }) {
 			t.list = append(t.list, tmpl.withDefaults())
 		}
@@ -67,6 +72,43 @@ func (t templates) find(reference string) (tmpl Template, alias string, err erro
 		return Template{}, "", errs.New(errs.NotFound, "template '%s' not found", strings.ToLower(reference))
 	}
 	return tmpl, name, nil
+}
+
+// findTemplate resolves a reference among the node's templates and then, where there are any, the machine's.
+func (m *Manager) findTemplate(reference string) (tmpl Template, alias string, err error) {
+	tmpl, alias, err = m.templates.find(reference)
+	more, ok := m.machine.(Templates)
+	if !ok || errs.CodeOf(err) != errs.NotFound {
+		return tmpl, alias, err
+	}
+	name, _, err := parseTemplate(reference)
+	if err != nil {
+		return Template{}, "", err
+	}
+	tmpl, err = more.Template(strings.ToLower(reference))
+	if err != nil {
+		return Template{}, "", err
+	}
+	return tmpl.withDefaults(), name, nil
+}
+
+// Templates lists what sandboxes can be made from, besides snapshots.
+func (m *Manager) Templates() []Template {
+	more, ok := m.machine.(Templates)
+	if !ok {
+		return m.templates.list
+	}
+	all := slices.Clone(m.templates.list)
+	found, err := more.Templates()
+	if err != nil {
+		m.log.Warn("templates of the machine not listed", zap.Error(err))
+	}
+	for _, tmpl := range found {
+		if _, ok := m.templates.byName[tmpl.ID]; !ok { // a create would get ours
+			all = append(all, tmpl.withDefaults())
+		}
+	}
+	return all
 }
 
 // parseTemplate splits a template reference into its name, with the namespace if there is one, and its tag, which is "default"

@@ -11,7 +11,7 @@ func TestTemplates(t *testing.T) {
 	set := newTemplates([]Template{
 		{ID: "base", MemoryMiB: 2048},
 		{ID: "rki5dems9wqfm4r03t7g", Aliases: []string{"node", "acme/node"}, CPUs: 4},
-	})
+	}, builtinTemplates)
 	check := func(reference, wantID, wantAlias string) {
 		t.Helper()
 		tmpl, alias, err := set.find(reference)
