@@ -29,6 +29,9 @@ type Dialer struct {
 	// the node gets to say why.
 	Timeout time.Duration
 
+	// WakeTimeout is the same for a Target with Wake; zero means 75s. It is above the node's WakeTimeout.
+	WakeTimeout time.Duration
+
 	// ConnectTimeout is how long one attempt may take to connect to the node; zero means 2s, which is one lost SYN.
 	ConnectTimeout time.Duration
 
@@ -44,15 +47,20 @@ const (
 )
 
 // Dial opens a connection to t: a *net.TCPConn, or a *tls.Conn with TLS, positioned after the verdict. The error is a
-// *VerdictError when the node said no, and errs.Unavailable when it said nothing.
+// *VerdictError when the node said no, and errs.Unavailable when it said nothing. A Target with Wake never gets a connection:
+// see Pool.Wake.
 func (d *Dialer) Dial(ctx context.Context, t Target) (net.Conn, error) {
 	d.derive.Do(func() { d.key = newMACKey(d.Key) })
-	p := preface{client: t.Client, sandbox: t.Sandbox, generation: t.Generation, port: t.Port}
+	p := preface{client: t.Client, sandbox: t.Sandbox, generation: t.Generation, port: t.Port, wake: t.Wake}
 	if err := p.check(); err != nil {
 		return nil, fmt.Errorf("dial link: %w", err)
 	}
 	timeout := d.Timeout
 	setDefault(&timeout, 10*time.Second)
+	if t.Wake {
+		timeout = d.WakeTimeout
+		setDefault(&timeout, 75*time.Second)
+	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 

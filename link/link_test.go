@@ -23,6 +23,7 @@ type fakeNode struct {
 	fails map[uint16]error     // ports with an error of their own
 	gate  func()               // called inside Open, after it has connected
 	opens int
+	wake  func(ctx context.Context, sandbox string, generation uint64) error // nil: nothing here is paused
 }
 
 func (n *fakeNode) Open(ctx context.Context, sandbox string, generation uint64, port uint16) (net.Conn, error) {
@@ -43,6 +44,23 @@ func (n *fakeNode) Open(ctx context.Context, sandbox string, generation uint64, 
 		gate()
 	}
 	return c, err
+}
+
+// Wake makes it a Waker.
+func (n *fakeNode) Wake(ctx context.Context, sandbox string, generation uint64) error {
+	n.mu.Lock()
+	wake := n.wake
+	n.mu.Unlock()
+	if wake == nil {
+		return &VerdictError{NotHere}
+	}
+	return wake(ctx, sandbox, generation)
+}
+
+func (n *fakeNode) onWake(wake func(ctx context.Context, sandbox string, generation uint64) error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.wake = wake
 }
 
 func (n *fakeNode) end(sandbox string, generation uint64) {

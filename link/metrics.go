@@ -52,6 +52,8 @@ var discardNames = [discardReasons]string{"caller", "closed", "poison", "idle", 
 type serverMetrics struct {
 	open         *metrics.Gauge
 	verdicts     [Busy + 1]*metrics.Counter
+	waking       *metrics.Gauge
+	wakes        [Busy + 1]*metrics.Counter // by what the edge was told: WrongGeneration when it was woken
 	rejects      [rejectReasons]*metrics.Counter
 	resets       [resetReasons]*metrics.Counter
 	acceptErrors *metrics.Counter
@@ -65,12 +67,16 @@ func newServerMetrics(set *metrics.Set) *serverMetrics {
 	}
 	m := &serverMetrics{
 		open:         set.GetOrCreateGauge("sluice_link_connections", nil),
+		waking:       set.GetOrCreateGauge("sluice_link_waking", nil),
 		acceptErrors: set.GetOrCreateCounter("sluice_link_accept_errors_total"),
 		toGuest:      set.GetOrCreateCounter(`sluice_link_bytes_total{to="guest"}`),
 		toEdge:       set.GetOrCreateCounter(`sluice_link_bytes_total{to="edge"}`),
 	}
 	for v := Open; v <= Busy; v++ {
 		m.verdicts[v] = set.GetOrCreateCounter(fmt.Sprintf("sluice_link_verdicts_total{verdict=%q}", v))
+	}
+	for v := NotHere; v <= Busy; v++ {
+		m.wakes[v] = set.GetOrCreateCounter(fmt.Sprintf("sluice_link_wakes_total{verdict=%q}", v))
 	}
 	for i, name := range rejectNames {
 		m.rejects[i] = set.GetOrCreateCounter(fmt.Sprintf("sluice_link_rejects_total{reason=%q}", name))

@@ -110,6 +110,21 @@ func (p *Pool) GetFresh(ctx context.Context, t Target) (*Conn, error) {
 	return newConn(p, b, t, nc), nil
 }
 
+// Wake asks the node of t to wake its sandbox and waits until it runs, which may take a minute. The route that led here is then out
+// of date. The error is a *VerdictError when the node said why not, and anything else means that it said nothing.
+func (p *Pool) Wake(ctx context.Context, t Target) error {
+	t.Wake = true
+	nc, err := p.dial(ctx, t)
+	if err == nil {
+		resetConn(nc) // it runs, if somebody connects to it
+		return nil
+	}
+	if v, ok := errors.AsType[*VerdictError](err); ok && v.Verdict == WrongGeneration {
+		return nil
+	}
+	return err
+}
+
 // Forget closes the idle connections of a lifecycle, and those in use are not pooled again.
 func (p *Pool) Forget(sandbox string, generation uint64) {
 	var gone []*Conn

@@ -24,10 +24,12 @@ import (
 //	TLV 0xE0  lifecycle generation, 8 bytes
 //	TLV 0xE1  time, 8 bytes: milliseconds since 1970
 //	TLV 0xE2  nonce, 16 random bytes
+//	TLV 0xE4  wake, empty; only where the edge wants no connection but the sandbox awake
 //	TLV 0xE3  HMAC-SHA256, 32 bytes, over every byte before these 32
 //
-// The order is fixed, nothing is optional and nothing may be added: an accepted preface has exactly one encoding. A
-// change of the form changes macLabel, so that old and new never half understand each other.
+// The order is fixed, nothing but the wake is optional and nothing may be added: an accepted preface has exactly one encoding.
+// A change of the form changes macLabel, so that old and new never half understand each other. The wake did not change
+// it: a node from before it can wake nothing, refuses such a preface whole, and understands all others.
 const (
 	signature = "\r\n\r\n\x00\r\nQUIT\n"
 
@@ -43,6 +45,7 @@ const (
 	tlvTime       = 0xE1
 	tlvNonce      = 0xE2
 	tlvMAC        = 0xE3
+	tlvWake       = 0xE4
 
 	fixedSize   = 16 // up to and with the length
 	macSize     = sha256.Size
@@ -51,7 +54,7 @@ const (
 	tlvsSize    = 5*tlvHead + 8 + 8 + nonceSize + macSize // without the authority's text
 	maxLabel    = 63                                      // the authority is a DNS label too
 	minBody     = tlvsSize + len("1-x")
-	maxBody     = 36 + tlvsSize + maxLabel
+	maxBody     = 36 + tlvsSize + tlvHead + maxLabel // the head is that of the wake
 	maxPreface  = fixedSize + maxBody
 	macLabel    = "sluice link preface v1"
 	addr4Size   = 4 + 4 + 2 + 2
@@ -73,6 +76,7 @@ type preface struct {
 	port       uint16
 	stamp      time.Time // whole milliseconds
 	nonce      [nonceSize]byte
+	wake       bool
 }
 
 // macKey signs prefaces. It is derived, so that the cluster key itself is used for nothing but deriving.
@@ -150,6 +154,9 @@ func appendPreface(dst []byte, p *preface, key *macKey) []byte {
 	dst = binary.BigEndian.AppendUint64(dst, uint64(p.stamp.UnixMilli()))
 	dst = append(dst, tlvNonce, 0, nonceSize)
 	dst = append(dst, p.nonce[:]...)
+	if p.wake {
+		dst = append(dst, tlvWake, 0, 0)
+	}
 	dst = append(dst, tlvMAC, 0, macSize)
 	binary.BigEndian.PutUint16(dst[start+14:], uint16(len(dst)+macSize-start-fixedSize))
 	return key.appendMAC(dst, dst[start:])
@@ -225,6 +232,9 @@ func decodePreface(b []byte) (preface, error) {
 	ms := d.uint64()
 	d.tlv(tlvNonce, nonceSize)
 	copy(p.nonce[:], d.take(nonceSize))
+	if p.wake = len(d.rest) > 0 && d.rest[0] == tlvWake; p.wake {
+		d.tlv(tlvWake, 0)
+	}
 	d.tlv(tlvMAC, macSize)
 	d.take(macSize)
 

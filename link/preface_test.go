@@ -39,6 +39,7 @@ func TestPrefaceRoundTrip(t *testing.T) {
 	local := samplePreface()
 	local.client = netip.AddrPort{}
 	local.sandbox, local.port, local.generation = "a", 1, 0
+	long.wake = true
 	for _, want := range []preface{samplePreface(), long, local} {
 		if err := want.check(); err != nil {
 			t.Fatal(err)
@@ -88,6 +89,21 @@ func TestPrefaceLayout(t *testing.T) {
 	}
 }
 
+// A preface that wakes has one TLV more, right before the MAC, and is else the same: a node that does not know it refuses it,
+// and serves all others of this edge.
+func TestWakePrefaceLayout(t *testing.T) {
+	key := newMACKey(testKey)
+	p := samplePreface()
+	plain := appendPreface(nil, &p, &key)
+	p.wake = true
+	raw := appendPreface(nil, &p, &key)
+	want := append(bytes.Clone(plain[:len(plain)-macSize-tlvHead]), "\xe4\x00\x00\xe3\x00\x20"...)
+	binary.BigEndian.PutUint16(want[14:], uint16(len(want)+macSize-fixedSize))
+	if got := raw[:len(raw)-macSize]; !bytes.Equal(got, want) {
+		t.Errorf("layout\n%x, want\n%x", got, want)
+	}
+}
+
 func TestPrefaceCheck(t *testing.T) {
 	tests := []struct {
 		sandbox string
@@ -109,13 +125,16 @@ func TestPrefaceCheck(t *testing.T) {
 // Every single changed bit, every truncation and every extra byte is refused.
 func TestPrefaceTampering(t *testing.T) {
 	key, other := newMACKey(testKey), newMACKey([]byte("another key"))
-	p := samplePreface()
+	p, wake := samplePreface(), samplePreface()
+	wake.wake = true
 	raw := appendPreface(nil, &p, &key)
-	for i := range len(raw) * 8 {
-		b := bytes.Clone(raw)
-		b[i/8] ^= 1 << (i % 8)
-		if _, err := parsePreface(b, &key); err == nil {
-			t.Errorf("accepted with bit %d of byte %d changed", i%8, i/8)
+	for _, raw := range [][]byte{raw, appendPreface(nil, &wake, &key)} {
+		for i := range len(raw) * 8 {
+			b := bytes.Clone(raw)
+			b[i/8] ^= 1 << (i % 8)
+			if _, err := parsePreface(b, &key); err == nil {
+				t.Errorf("accepted with bit %d of byte %d changed", i%8, i/8)
+			}
 		}
 	}
 	for n := range raw {
@@ -165,6 +184,11 @@ func TestPrefaceStrictness(t *testing.T) {
 		{"no authority", head(0x20, 0x00), tail + tlv(0x04, "......"), false},
 		{"extra TLV", head(0x20, 0x00), auth + tail + tlv(0x04, ""), false},
 		{"authority twice", head(0x20, 0x00), auth + auth + tail, false},
+		{"wake", head(0x20, 0x00), auth + tail + tlv(tlvWake, ""), true},
+		{"wake with a value", head(0x20, 0x00), auth + tail + tlv(tlvWake, "1"), false},
+		{"wake twice", head(0x20, 0x00), auth + tail + tlv(tlvWake, "") + tlv(tlvWake, ""), false},
+		{"wake at another place", head(0x20, 0x00), tlv(tlvWake, "") + auth + tail, false},
+		{"wake and more", head(0x20, 0x00), auth + tail + tlv(tlvWake, "") + tlv(0x04, ""), false},
 		{"other order", head(0x20, 0x00), tail + auth, false},
 		{"short generation", head(0x20, 0x00), auth + tlv(tlvGeneration, "1234567") + tlv(tlvTime, eight) + tlv(tlvNonce, nonce+"n"), false},
 		{"year 10000", head(0x20, 0x00), auth + tlv(tlvGeneration, eight) + tlv(tlvTime, "\x01"+eight[1:]) + tlv(tlvNonce, nonce), false},
@@ -242,6 +266,8 @@ func FuzzPreface(f *testing.F) {
 	p.client = netip.MustParseAddrPort("[2001:db8::1]:443")
 	f.Add(append(appendPreface(nil, &p, &key), "stream"...))
 	p.client = netip.AddrPort{}
+	f.Add(appendPreface(nil, &p, &key))
+	p.wake = true
 	f.Add(appendPreface(nil, &p, &key))
 	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, in []byte) {

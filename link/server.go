@@ -46,6 +46,14 @@ type ServerOptions struct {
 	// up before it hears why.
 	OpenTimeout time.Duration
 
+	// WakeTimeout is how long a Waker may take; zero means 65s. A sandbox that is being paused has to be waited for before it can be
+	// woken, and that of the largest takes a minute. Keep it below the dialer's WakeTimeout, and above the Waker's own bound.
+	WakeTimeout time.Duration
+
+	// MaxWakes bounds the wakes that are waited for; zero means 1024. Each costs a descriptor and a goroutine, and every edge has
+	// one for a sandbox; how many sandboxes wake at once is for the Waker to say.
+	MaxWakes int
+
 	// HalfOpenTimeout ends a connection that one end has finished when the other has been silent for this long; zero
 	// means 5m. A guest that never closes would else hold what edges have long let go.
 	HalfOpenTimeout time.Duration
@@ -67,6 +75,8 @@ type Server struct {
 	registry *registry
 	window   *window
 	pending  *pendingPeers
+	waker    Waker         // nil: the backend is none
+	waking   chan struct{} // a slot per wake that is waited for
 }
 
 // NewServer returns a server that opens connections through b.
@@ -77,6 +87,8 @@ func NewServer(b Backend, opts ServerOptions) *Server {
 	setDefault(&opts.MaxNonces, 1<<20)
 	setDefault(&opts.HeaderTimeout, 5*time.Second)
 	setDefault(&opts.OpenTimeout, 5*time.Second)
+	setDefault(&opts.WakeTimeout, 65*time.Second)
+	setDefault(&opts.MaxWakes, 1024)
 	setDefault(&opts.HalfOpenTimeout, 5*time.Minute)
 	if opts.Log == nil {
 		opts.Log = zap.NewNop()
@@ -92,7 +104,9 @@ func NewServer(b Backend, opts ServerOptions) *Server {
 		registry: newRegistry(opts.MaxConns, opts.MaxConnsPerSandbox),
 		window:   newWindow(opts.MaxNonces, time.Now()),
 		pending:  &pendingPeers{limit: opts.MaxPending},
+		waking:   make(chan struct{}, opts.MaxWakes),
 	}
+	s.waker, _ = b.(Waker)
 	if opts.TLS != nil {
 		s.tls = opts.TLS.Clone()
 		// A ticket after the handshake would lie unread in the edge's socket, where a pool takes it for an unasked answer.
@@ -202,6 +216,11 @@ func (s *Server) serveConn(ctx context.Context, conn net.Conn) {
 		_ = edge.Close()            // the verdict is said; there is nothing else to lose
 		return
 	}
+	if p.wake {
+		_ = s.say(edge, s.wake(ctx, lifecycle{p.sandbox, p.generation})) // as above
+		_ = edge.Close()
+		return
+	}
 	guest, entry, verdict := s.open(ctx, lifecycle{p.sandbox, p.generation}, p.port, edge)
 	if verdict != Open {
 		_ = s.answer(edge, verdict) // as above
@@ -272,6 +291,11 @@ func (s *Server) admit(p *preface) Verdict {
 // answer counts and sends the verdict.
 func (s *Server) answer(edge net.Conn, v Verdict) error {
 	s.stats.verdicts[v].Inc()
+	return s.say(edge, v)
+}
+
+// say sends the verdict.
+func (s *Server) say(edge net.Conn, v Verdict) error {
 	if err := edge.SetWriteDeadline(time.Now().Add(s.opts.HeaderTimeout)); err != nil {
 		return err
 	}
@@ -311,6 +335,42 @@ func (s *Server) open(ctx context.Context, life lifecycle, port uint16, edge net
 	return guest, entry, Open
 }
 
+// wake asks the Waker and counts what the edge is told.
+func (s *Server) wake(ctx context.Context, life lifecycle) Verdict {
+	verdict := s.askWaker(ctx, life)
+	s.stats.wakes[verdict].Inc()
+	return verdict
+}
+
+// askWaker never answers Open. It takes no place in the registry: the reset that comes with a pause is about connections of the
+// lifecycle, and must not hit those who want it back.
+func (s *Server) askWaker(ctx context.Context, life lifecycle) Verdict {
+	if s.waker == nil {
+		return NotHere // what runs it would have found; nothing here is paused
+	}
+	select {
+	case s.waking <- struct{}{}:
+	default:
+		return Busy
+	}
+	s.stats.waking.Inc()
+	defer func() { s.stats.waking.Dec(); <-s.waking }()
+	ctx, cancel := context.WithTimeout(ctx, s.opts.WakeTimeout)
+	defer cancel()
+	err := s.waker.Wake(ctx, life.sandbox, life.generation)
+	if err == nil {
+		return WrongGeneration
+	}
+	if ctx.Err() != nil {
+		return Busy // it may still come up: the next request finds out
+	}
+	verdict := verdictOf(err)
+	if verdict == Refused {
+		s.warn.Warn("backend did not wake", zap.String("sandbox", life.sandbox), zap.Error(err))
+	}
+	return verdict
+}
+
 // verdictOf says what an edge is told about a Backend's error.
 func verdictOf(err error) Verdict {
 	if v, ok := errors.AsType[*VerdictError](err); ok && v.Verdict.valid() && v.Verdict != Open {
@@ -326,6 +386,9 @@ func verdictOf(err error) Verdict {
 // the same Reset. Target.Addr is not looked at.
 func (s *Server) Direct() DialFunc {
 	return func(ctx context.Context, t Target) (net.Conn, error) {
+		if t.Wake {
+			return nil, &VerdictError{s.wake(ctx, lifecycle{t.Sandbox, t.Generation})}
+		}
 		guest, entry, verdict := s.open(ctx, lifecycle{t.Sandbox, t.Generation}, t.Port, nil)
 		s.stats.verdicts[verdict].Inc()
 		if verdict != Open {
