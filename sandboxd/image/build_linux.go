@@ -27,7 +27,8 @@ type Options struct {
 	Store *Store
 	Name  string // [namespace/]alias[:tag]
 
-	// From is oci:DIR[#NAME], docker-archive:FILE[#NAME], docker://REFERENCE or dir:DIR; without a kind, what is found there.
+	// From is oci:DIR[#NAME], docker-archive:FILE[#NAME], docker://REFERENCE, dir:DIR or mmdebstrap:SUITE[#PACKAGE,…]; without a kind, what
+	// is found there.
 	From string
 
 	Agent   string // path of guestd, static
@@ -107,7 +108,8 @@ const (
 // Step is progress of a build. Done and Total count bytes of the current layer; Total is negative when it is not known.
 type Step struct {
 	Phase       Phase
-	Layer       int // from 1
+	Note        string // what exactly, for people; may be empty
+	Layer       int    // from 1
 	Layers      int
 	Done, Total int64
 }
@@ -190,7 +192,7 @@ func newBuildID() string {
 
 // makeRoot merges the source and writes the root image.
 func makeRoot(ctx context.Context, o Options, dir string, m *Manifest, progress func(Step)) error {
-	src, err := openSource(ctx, o.From, dir, o.Limits)
+	src, err := openSource(ctx, o.From, dir, o.Limits, func(text string) { progress(Step{Phase: PhaseSource, Note: text}) })
 	if err != nil {
 		return err
 	}
@@ -203,6 +205,9 @@ func makeRoot(ctx context.Context, o Options, dir string, m *Manifest, progress 
 	f, err := flatten(ctx, src, s, o.Limits, progress)
 	if err != nil {
 		return err
+	}
+	if src.made != 0 {
+		f.tree.clamp(f.tree.newestBefore(src.made))
 	}
 	if !o.Newest.IsZero() {
 		f.tree.clamp(o.Newest.Unix())

@@ -80,13 +80,13 @@ func (f *flattener) apply(ctx context.Context, index int, l layer, progress func
 		return fmt.Errorf("open %s: %w", name, err)
 	}
 	defer blob.Close()
-	stored := &meter{r: blob, ctx: ctx, sum: sha256.New(), progress: progress}
+	stored := &meter{r: blob, ctx: ctx, sum: sumFor(l.digest), progress: progress}
 	plain, err := decompress(stored)
 	if err != nil {
 		return f.explain(ctx, name, "", err)
 	}
 	defer plain.Close()
-	unpacked := &meter{r: plain, ctx: ctx, sum: sha256.New(), left: f.limits.Bytes - f.bytes, limited: true}
+	unpacked := &meter{r: plain, ctx: ctx, sum: sumFor(l.diffID), left: f.limits.Bytes - f.bytes, limited: true}
 	f.tree.layer = index
 	if entry, err := f.merge(tar.NewReader(unpacked)); err != nil {
 		return f.explain(ctx, name, entry, err)
@@ -106,6 +106,14 @@ func (f *flattener) apply(ctx context.Context, index int, l layer, progress func
 		return invalidLayer(name, "", fmt.Errorf("its uncompressed content has the digest %s, the image's configuration says %s", got, clip(l.diffID)))
 	}
 	return nil
+}
+
+// sumFor is what a stream is hashed with: nothing where nobody says what the sum should be.
+func sumFor(digest string) sum {
+	if digest == "" {
+		return noSum{}
+	}
+	return sha256.New()
 }
 
 func invalidLayer(layer, entry string, err error) error {
@@ -286,14 +294,17 @@ func keepXattr(name string) bool {
 	return strings.HasPrefix(name, "user.") || strings.HasPrefix(name, "security.") || strings.HasPrefix(name, "trusted.")
 }
 
+// sum is what a meter needs of a hash.
+type sum interface {
+	io.Writer
+	Sum([]byte) []byte
+}
+
 // meter counts, hashes and bounds a stream, and ends it with its context.
 type meter struct {
-	r   io.Reader
-	ctx context.Context //nolint:containedctx // the reader's lifetime is the call's
-	sum interface {
-		io.Writer
-		Sum([]byte) []byte
-	}
+	r        io.Reader
+	ctx      context.Context //nolint:containedctx // the reader's lifetime is the call's
+	sum      sum
 	n        int64
 	left     int64
 	limited  bool

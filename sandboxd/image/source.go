@@ -34,6 +34,7 @@ type source struct {
 	dir    string // instead of layers
 	config Config
 	digest string // of the image's manifest or configuration; "" for a directory
+	made   int64  // when its making began, where that was just now; zero where it was there before
 	close  func() error
 }
 
@@ -43,13 +44,14 @@ const (
 	fromArchive   = "docker-archive"
 	fromReference = "docker"
 	fromDirectory = "dir"
+	fromDebian    = "mmdebstrap"
 )
 
 // parseSource takes the kind, the place and the selected image out of what an operator wrote. Without a kind it looks at what is there.
 func parseSource(from string) (kind, place, selected string, err error) {
 	kind, place, ok := strings.Cut(from, ":")
 	switch {
-	case ok && (kind == fromLayout || kind == fromArchive):
+	case ok && (kind == fromLayout || kind == fromArchive || kind == fromDebian):
 		place, selected, _ = strings.Cut(place, "#")
 	case ok && kind == fromDirectory:
 	case ok && kind == fromReference:
@@ -81,8 +83,8 @@ func parseSource(from string) (kind, place, selected string, err error) {
 	return fromReference, from, "", nil
 }
 
-// openSource opens what --from names. temp is a directory for what has to be unpacked first.
-func openSource(ctx context.Context, from, temp string, limits Limits) (*source, error) {
+// openSource opens what --from names. temp is a directory for what has to be unpacked or made first; note is told what takes long.
+func openSource(ctx context.Context, from, temp string, limits Limits, note func(string)) (*source, error) {
 	kind, place, selected, err := parseSource(from)
 	if err != nil {
 		return nil, err
@@ -97,6 +99,8 @@ func openSource(ctx context.Context, from, temp string, limits Limits) (*source,
 		src, err = openReference(ctx, place)
 	case fromDirectory:
 		src, err = openDirectory(place)
+	case fromDebian:
+		src, err = openDebian(ctx, place, selected, temp, note)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open image %q: %w", clip(from), err)

@@ -64,7 +64,7 @@ var wantedFiles = []string{"bin/ 755", "bin/sh 755 shell", "etc/ 755", "etc/arch
 // mustHold opens a source and compares what is in it.
 func mustHold(t *testing.T, from string) {
 	t.Helper()
-	src, err := openSource(t.Context(), from, t.TempDir(), Limits{})
+	src, err := openSource(t.Context(), from, t.TempDir(), Limits{}, nil)
 	if err != nil {
 		t.Fatalf("open %s: %v", from, err)
 	}
@@ -91,7 +91,7 @@ func mustHold(t *testing.T, from string) {
 
 func mustRefuse(t *testing.T, from string, code errs.Code, why string) {
 	t.Helper()
-	src, err := openSource(t.Context(), from, t.TempDir(), Limits{})
+	src, err := openSource(t.Context(), from, t.TempDir(), Limits{}, nil)
 	if err == nil {
 		src.Close()
 	}
@@ -151,7 +151,7 @@ func TestLayoutSource(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, why := range []string{"has the digest", "lacks"} {
-		src, err := openSource(t.Context(), dir+"#one", t.TempDir(), Limits{})
+		src, err := openSource(t.Context(), dir+"#one", t.TempDir(), Limits{}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

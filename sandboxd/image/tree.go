@@ -306,3 +306,19 @@ func (t *tree) clamp(newest int64) {
 	}
 	visit(t.root.inode)
 }
+
+// newestBefore is the time of the newest file that is older than limit, or zero. What is not older came into being with the tree: clamped
+// to this, the same packages give the same tree at any time.
+func (t *tree) newestBefore(limit int64) (newest int64) {
+	var visit func(i *inode)
+	visit = func(i *inode) {
+		if i.mtime < limit {
+			newest = max(newest, i.mtime)
+		}
+		for _, e := range i.children {
+			visit(e.inode)
+		}
+	}
+	visit(t.root.inode)
+	return newest
+}
