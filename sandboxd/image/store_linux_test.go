@@ -234,6 +234,92 @@ func TestFinishAddsFiles(t *testing.T) {
 }
 
 // TestKilledBuilder: a builder that dies leaves a directory, which the next one to come removes.
+func TestAlias(t *testing.T) {
+	s := mustStore(t)
+	built := mustBuild(t, smallOptions(t, s, "team/app:v1"))
+	mustBuild(t, smallOptions(t, s, "other"))
+	check := func(alias, reference string, code errs.Code) {
+		t.Helper()
+		if err := s.Alias(alias, reference); err == nil || errs.CodeOf(err) != code {
+			t.Errorf("Alias(%q, %q) = %v, want %s", alias, reference, err, code)
+		}
+	}
+	for range 2 { // the second time it is there
+		if err := s.Alias("short", "team/app:v1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Alias("shorter:x", "short"); err != nil { // through another alias
+		t.Fatal(err)
+	}
+	for _, name := range []string{"short", "shorter:x"} {
+		got, err := s.Get(name)
+		if err != nil || got.Build != built.Build || got.Dir != built.Dir {
+			t.Errorf("Get(%s) = %s in %s, %v, want %s in %s", name, got.Build, got.Dir, err, built.Build, built.Dir)
+		}
+	}
+	all, err := s.List()
+	if err != nil || len(all) != 2 || !slices.Equal(all[1].Aliases, []string{"short", "shorter:x"}) || len(all[0].Aliases) != 0 {
+		t.Errorf("List = %+v, %v, want two templates, the second with two aliases", all, err)
+	}
+	check("other", "team/app:v1", errs.Conflict)
+	check("team/app:v1", "team/app:v1", errs.Conflict)
+	check("new", "unknown", errs.NotFound)
+	check("../new", "other", errs.Invalid)
+
+	// It follows what it is an alias of, is replaced by a build of its name, and goes alone.
+	again := mustBuild(t, smallOptions(t, s, "team/app:v1"))
+	if got, err := s.Get("short"); err != nil || got.Build != again.Build {
+		t.Errorf("Get of an alias after a new build = %s, %v, want %s", got.Build, err, again.Build)
+	}
+	if err := s.Remove("shorter:x"); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Get("team/app:v1"); err != nil {
+		t.Errorf("a removed alias took its template with it: %v", err)
+	}
+	if err := s.Remove("team/app:v1"); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Get("short"); errs.CodeOf(err) != errs.NotFound || !strings.Contains(err.Error(), "'short'") {
+		t.Errorf("Get of an alias that leads nowhere = %v, want not found, by its own name", err)
+	}
+	if err := s.Alias("short", "other"); err != nil {
+		t.Errorf("Alias over one that leads nowhere: %v", err)
+	}
+	if own := mustBuild(t, smallOptions(t, s, "short")); own.Dir != s.path(Name{Alias: "short", Tag: DefaultTag}) {
+		t.Errorf("a build over an alias is in %s", own.Dir)
+	}
+	if got, err := s.Get("other"); err != nil || got.Name != "other" {
+		t.Errorf("Get(other) after a build over its alias = %s, %v", got.Name, err)
+	}
+	for _, left := range leftovers(t, s) {
+		if strings.HasPrefix(left, "half made") {
+			t.Error(left)
+		}
+	}
+}
+
+// A link that we did not make is followed nowhere.
+func TestLinksOutOfTheStore(t *testing.T) {
+	s := mustStore(t)
+	mustBuild(t, smallOptions(t, s, "app"))
+	if err := os.MkdirAll(filepath.Join(s.dir, "odd"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for tag, target := range map[string]string{"a": "/etc", "b": "../../app/default", "c": "..", "d": "../app/default/../../app/default", "e": "../.locks/app"} {
+		if err := os.Symlink(target, filepath.Join(s.dir, "odd", tag)); err != nil {
+			t.Fatal(err)
+		}
+		if n, ok := s.aliased(Name{Alias: "odd", Tag: tag}); ok {
+			t.Errorf("a link to %s counts as an alias of %s", target, n)
+		}
+	}
+	if all, err := s.List(); err != nil || len(all) != 1 || len(all[0].Aliases) != 0 {
+		t.Errorf("List = %+v, %v, want one template without aliases", all, err)
+	}
+}
+
 func TestKilledBuilder(t *testing.T) {
 	const variable = "SLUICE_TEST_BUILD_IN"
 	if dir := os.Getenv(variable); dir != "" {
