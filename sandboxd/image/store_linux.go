@@ -27,8 +27,8 @@ const (
 	disksDir    = ".disks"
 )
 
-// Store keeps templates as <dir>/<name>/<tag>/, each with a manifest. A template appears and disappears in one step. A further name of a
-// template is a link to its directory. Several processes may use one store.
+// Store keeps templates as <dir>/<name>/<tag>/, each with a manifest. A template appears and disappears in one step. Several processes
+// may use one store.
 type Store struct {
 	dir string
 }
@@ -55,16 +55,7 @@ func OpenStore(dir string) (*Store, error) {
 // Template is a finished template.
 type Template struct {
 	Manifest
-	Dir     string
-	Aliases []string // its further names, when it was listed
-}
-
-// FullName is the shortest way to write its name.
-func (t Template) FullName() string {
-	if t.Tag == DefaultTag {
-		return t.Name
-	}
-	return t.Name + ":" + t.Tag
+	Dir string
 }
 
 // RootPath is the read-only root image.
@@ -84,77 +75,7 @@ func (s *Store) Get(reference string) (Template, error) {
 	if err != nil {
 		return Template{}, err
 	}
-	if target, ok := s.aliased(n); ok {
-		t, err := s.get(target)
-		if errs.CodeOf(err) == errs.NotFound {
-			err = errs.New(errs.NotFound, "template '%s' not found", n)
-		}
-		return t, err
-	}
 	return s.get(n)
-}
-
-// aliased tells what a name is a further name of. Such a link leads to a name, never to another link.
-func (s *Store) aliased(n Name) (target Name, ok bool) {
-	link, err := os.Readlink(s.path(n))
-	if err != nil {
-		return Name{}, false
-	}
-	dir, tag := filepath.Split(link)
-	target, err = nameOfDir(filepath.Base(dir), tag)
-	return target, err == nil && link == target.link()
-}
-
-// link is where an alias of n leads, from any directory of a name.
-func (n Name) link() string { return filepath.Join("..", n.dir(), n.Tag) }
-
-// Alias gives a template a further name. A name that is a template's own is a conflict; another alias is replaced. An alias outlives its
-// template and leads to the next one of that name.
-func (s *Store) Alias(alias, reference string) error {
-	from, err := ParseName(alias)
-	if err != nil {
-		return err
-	}
-	to, err := ParseName(reference)
-	if err != nil {
-		return err
-	}
-	if target, ok := s.aliased(to); ok {
-		to = target
-	}
-	if _, err := s.get(to); err != nil {
-		return err
-	}
-	unlock, err := s.tryLock(from.dir())
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	if target, ok := s.aliased(from); ok && target == to {
-		return nil
-	}
-	if info, err := os.Lstat(s.path(from)); err == nil && info.IsDir() {
-		return errs.New(errs.Conflict, "'%s' is a template already", from)
-	}
-	temp, err := s.tempDir(from)
-	if err != nil {
-		return err
-	}
-	made := filepath.Join(temp, from.Tag)
-	err = os.Symlink(to.link(), made)
-	if err == nil {
-		err = os.MkdirAll(filepath.Dir(s.path(from)), 0o711)
-	}
-	if err == nil {
-		err = os.Rename(made, s.path(from))
-	}
-	if err == nil {
-		err = syncDir(filepath.Dir(s.path(from)))
-	}
-	if err = errors.Join(err, os.RemoveAll(temp)); err != nil {
-		return fmt.Errorf("make alias %s: %w", from, err)
-	}
-	return nil
 }
 
 func (s *Store) get(n Name) (Template, error) {
@@ -195,11 +116,9 @@ func (t Template) Verify(ctx context.Context) error {
 	return nil
 }
 
-// List returns all templates by name and tag, with their aliases. Of one that cannot be used only the name is returned, and the reason is
-// part of the error.
+// List returns all templates by name and tag. Of one that cannot be used only the name is returned, and the reason is part of the error.
 func (s *Store) List() ([]Template, error) {
 	var all []Template
-	aliases := map[string][]string{} // by full name of what they lead to
 	var broken error
 	names, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -221,12 +140,6 @@ func (s *Store) List() ([]Template, error) {
 			if err != nil {
 				continue // nothing of ours
 			}
-			if tag.Type() == fs.ModeSymlink {
-				if target, ok := s.aliased(n); ok {
-					aliases[target.String()] = append(aliases[target.String()], n.String())
-				}
-				continue
-			}
 			t, err := s.get(n)
 			if errs.CodeOf(err) == errs.NotFound {
 				continue
@@ -237,9 +150,6 @@ func (s *Store) List() ([]Template, error) {
 			}
 			all = append(all, t)
 		}
-	}
-	for i, t := range all {
-		all[i].Aliases = aliases[t.FullName()]
 	}
 	slices.SortFunc(all, func(a, b Template) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Tag, b.Tag)) })
 	return all, broken
@@ -267,7 +177,7 @@ func (t Template) Usage() (int64, error) {
 	return sum, nil
 }
 
-// Remove deletes a template, or an alias alone. Files of it that somebody has open, or has linked elsewhere, stay with them.
+// Remove deletes a template. Files of it that somebody has open, or has linked elsewhere, stay with them.
 func (s *Store) Remove(reference string) error {
 	n, err := ParseName(reference)
 	if err != nil {
