@@ -128,13 +128,15 @@ func newEntropy() []byte {
 type ResumeRequest struct {
 	Timestamp   time.Time
 	LifecycleID string // for the agent's log
+	// KeepConnections is for a VM that only stood still, and whose peers are where they were.
+	KeepConnections bool
 }
 
 // Resume tells a VM that time has passed: it sets its clock, takes fresh entropy and ends the connections that it still believes in. It
 // keeps everything that Init gave.
 func (c *Client) Resume(ctx context.Context, req ResumeRequest) error {
 	return c.call(ctx, callTime, http.MethodPost, "/resume", resumeRequest{
-		Timestamp: req.Timestamp, LifecycleID: req.LifecycleID, Entropy: newEntropy(),
+		Timestamp: req.Timestamp, LifecycleID: req.LifecycleID, Entropy: newEntropy(), KeepConnections: req.KeepConnections,
 	}, http.StatusNoContent, nil)
 }
 

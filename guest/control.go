@@ -37,9 +37,10 @@ type initRequest struct {
 
 // resumeRequest is the body of POST /resume.
 type resumeRequest struct {
-	Timestamp   time.Time `json:"timestamp,omitzero"`
-	LifecycleID string    `json:"lifecycleID,omitempty"`
-	Entropy     []byte    `json:"entropy,omitempty"`
+	Timestamp       time.Time `json:"timestamp,omitzero"`
+	LifecycleID     string    `json:"lifecycleID,omitempty"`
+	Entropy         []byte    `json:"entropy,omitempty"`
+	KeepConnections bool      `json:"keepConnections,omitempty"`
 }
 
 // execRequest is the body of POST /exec.

@@ -38,6 +38,8 @@ type Options struct {
 	CPUs      int // zero means 2
 	MemoryMiB int // zero means 512
 	DiskMiB   int // zero means 1024
+	Rates     Rates
+	Aliases   []string // further names, without tag
 
 	StartCmd string
 	ReadyCmd string
@@ -77,6 +79,14 @@ func (o Options) validate() error {
 	}
 	if o.DiskMiB < minDiskMiB || o.DiskMiB > maxDiskMiB {
 		all = append(all, errs.New(errs.Invalid, "a disk of %d MiB: want %d to %d", o.DiskMiB, minDiskMiB, maxDiskMiB))
+	}
+	if min(o.Rates.NetBytes, o.Rates.NetPackets, o.Rates.DiskBytes, o.Rates.DiskOps) < 0 {
+		all = append(all, errs.New(errs.Invalid, "a rate is negative"))
+	}
+	for _, alias := range o.Aliases {
+		if n, err := ParseName(alias); err != nil || n.Tag != DefaultTag {
+			all = append(all, errs.New(errs.Invalid, "invalid alias %q: want [namespace/]alias without a tag", clip(alias)))
+		}
 	}
 	for key, value := range o.Env {
 		if key == "" || strings.ContainsAny(key, "=\x00") || strings.IndexByte(value, 0) >= 0 {
@@ -158,7 +168,7 @@ func Build(ctx context.Context, o Options, progress func(Step)) (t Template, err
 
 	m := Manifest{
 		Version: manifestVersion, Name: n.Base(), Tag: n.Tag, Build: newBuildID(), Created: time.Now().UTC().Truncate(time.Second),
-		Source: o.From, CPUs: o.CPUs, MemoryMiB: o.MemoryMiB, DiskMiB: o.DiskMiB, StartCmd: o.StartCmd, ReadyCmd: o.ReadyCmd,
+		Source: o.From, CPUs: o.CPUs, MemoryMiB: o.MemoryMiB, DiskMiB: o.DiskMiB, Rates: o.Rates, Aliases: o.Aliases, StartCmd: o.StartCmd, ReadyCmd: o.ReadyCmd,
 		KernelVersion: kernel.Version,
 	}
 	if err := makeRoot(ctx, o, dir, &m, progress); err != nil {

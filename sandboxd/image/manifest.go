@@ -27,11 +27,20 @@ type File struct {
 	SHA256 string `json:"sha256"`
 }
 
+// Rates bound each sandbox of a template, per second; zero means what the node says.
+type Rates struct {
+	NetBytes   int64 `json:"net_bytes,omitempty"` // each direction by itself, as are packets
+	NetPackets int64 `json:"net_packets,omitempty"`
+	DiskBytes  int64 `json:"disk_bytes,omitempty"` // of each of its two disks, as are operations
+	DiskOps    int64 `json:"disk_ops,omitempty"`
+}
+
 // Manifest is what a template says about itself. It is written last, so a directory with one is whole.
 type Manifest struct {
 	Version int       `json:"version"`
 	Name    string    `json:"name"` // without tag
 	Tag     string    `json:"tag"`
+	Aliases []string  `json:"aliases,omitempty"` // further names, without tag
 	Build   string    `json:"build"` // of this build alone: 32 random hex digits
 	Created time.Time `json:"created"`
 
@@ -47,6 +56,8 @@ type Manifest struct {
 	CPUs      int `json:"cpus"`
 	MemoryMiB int `json:"memory_mib"`
 	DiskMiB   int `json:"disk_mib"`
+
+	Rates Rates `json:"rates,omitzero"`
 
 	StartCmd string `json:"start_cmd,omitempty"`
 	ReadyCmd string `json:"ready_cmd,omitempty"`

@@ -70,12 +70,24 @@ func (t Template) InitramfsPath() string { return filepath.Join(t.Dir, t.Initram
 func (s *Store) path(n Name) string { return filepath.Join(s.dir, n.dir(), n.Tag) }
 
 // Get finds a template by its name. One whose files are not what its manifest says is refused; Verify looks at every byte.
+//
+// A name that no template has may be another's alias.
 func (s *Store) Get(reference string) (Template, error) {
 	n, err := ParseName(reference)
 	if err != nil {
 		return Template{}, err
 	}
-	return s.get(n)
+	t, err := s.get(n)
+	if errs.CodeOf(err) != errs.NotFound || n.Tag != DefaultTag {
+		return t, err
+	}
+	all, _ := s.List() // what is broken in there is not what was asked for
+	for _, other := range all {
+		if slices.Contains(other.Aliases, n.Base()) {
+			return other, nil
+		}
+	}
+	return Template{}, err
 }
 
 func (s *Store) get(n Name) (Template, error) {

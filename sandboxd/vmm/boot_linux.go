@@ -32,10 +32,19 @@ func (vm *VM) Boot(ctx context.Context, shape Shape, tap *os.File) error {
 
 // Restore makes the VM from Spec.Snapshot and lets it run. tap must be given exactly if the VM had one when the snapshot was taken.
 func (vm *VM) Restore(ctx context.Context, mode RestoreMode, tap *os.File) error {
+	return vm.restore(ctx, mode, true, tap)
+}
+
+// RestorePaused is Restore up to the VM's first instruction.
+func (vm *VM) RestorePaused(ctx context.Context, mode RestoreMode, tap *os.File) error {
+	return vm.restore(ctx, mode, false, tap)
+}
+
+func (vm *VM) restore(ctx context.Context, mode RestoreMode, resume bool, tap *os.File) error {
 	if vm.spec.Snapshot == "" {
 		return errs.New(errs.Invalid, "the VM has no snapshot to be restored from")
 	}
-	return vm.because(vm.API.restore(ctx, insideSnapshot, mode, true, tap))
+	return vm.because(vm.API.restore(ctx, insideSnapshot, mode, resume, tap))
 }
 
 // Snapshot writes the VM, which must be paused, into draft. After an error the draft holds nothing that could be mistaken for a snapshot;

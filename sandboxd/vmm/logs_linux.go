@@ -40,7 +40,10 @@ const (
 )
 
 // Serial returns the end of the guest's serial console, at most n bytes.
-func (vm *VM) Serial(n int64) ([]byte, error) { return readTail(vm.spec.Dir, serialFile, n) }
+func (vm *VM) Serial(n int64) ([]byte, error) { return vm.spec.Serial(n) }
+
+// Serial returns the end of the serial console of a VM, which may be gone as long as it was not cleaned up.
+func (s Spec) Serial(n int64) ([]byte, error) { return readTail(s.Dir, serialFile, n) }
 
 // VMMLog returns the end of what the hypervisor itself has said, at most n bytes.
 func (vm *VM) VMMLog(n int64) ([]byte, error) { return readTail(vm.spec.Dir, vmmLogName, n) }

@@ -133,23 +133,47 @@ func (l *Launcher) Adopt(s Spec, h Handle) (*VM, error) {
 }
 
 // Destroy kills what is left of a VM, whoever started it, and removes what Start made in its directory. It is idempotent. Disk and
-// other files of the caller stay.
+// other files of the caller stay. A VM that this process has is killed by its own Kill before, which needs no search.
 func (l *Launcher) Destroy(ctx context.Context, s Spec) error {
 	if err := s.validateIdentity(); err != nil {
 		return err
 	}
+	if err := killEach(ctx, func(pid int) bool { return isHypervisor(s, pid) }); err != nil {
+		return err
+	}
+	return s.Clean()
+}
+
+// KillUser kills every process of a user: for a VM of which nothing else is known.
+func (l *Launcher) KillUser(ctx context.Context, uid uint32) error {
+	if uid < minUID {
+		return errs.New(errs.Invalid, "user id %d is no VM's", uid)
+	}
+	return killEach(ctx, func(pid int) bool {
+		now, ok := uidOf(pid)
+		return ok && now == uid
+	})
+}
+
+// killEach kills the processes that are meant, and returns when they are gone.
+func killEach(ctx context.Context, meant func(pid int) bool) error {
 	pids, err := allPids()
 	if err != nil {
 		return fmt.Errorf("list processes: %w", err)
 	}
 	for _, pid := range pids {
-		if !isHypervisor(s, pid) {
+		if !meant(pid) {
 			continue
 		}
-		if err := killAndWait(ctx, s, pid); err != nil {
+		if err := killAndWait(ctx, meant, pid); err != nil {
 			return fmt.Errorf("kill the hypervisor: %w", err)
 		}
 	}
+	return nil
+}
+
+// Clean removes what Start made in the directory of a VM whose process is gone.
+func (s Spec) Clean() error {
 	var errAll error
 	for _, n := range []string{apiName, vmmLogName, treeName, runName, outName} {
 		// RemoveAll follows no links, which is what a hypervisor could have left.
@@ -356,9 +380,17 @@ func isHypervisor(s Spec, pid int) bool {
 		return false
 	}
 	// Between clone and exec it has our name and our user: nobody runs Destroy for a Spec that is being started.
-	b, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	uid, ok := parseUID(b)
-	return err == nil && ok && uid == s.UID
+	uid, ok := uidOf(pid)
+	return ok && (uid == s.UID || s.UID == AnyUID)
+}
+
+// uidOf is the real user of a process; false when there is no such process.
+func uidOf(pid int) (uint32, bool) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, false
+	}
+	return parseUID(b)
 }
 
 // parseUID is the real user of /proc/<pid>/status.
@@ -416,8 +448,8 @@ func allPids() ([]int, error) {
 	return pids, nil
 }
 
-// killAndWait kills the process if it still is the VM's once its number is pinned, and waits until it is gone.
-func killAndWait(ctx context.Context, s Spec, pid int) error {
+// killAndWait kills the process if it still is the one that is meant once its number is pinned, and waits until it is gone.
+func killAndWait(ctx context.Context, meant func(pid int) bool, pid int) error {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if errors.Is(err, unix.ESRCH) {
 		return nil
@@ -427,7 +459,7 @@ func killAndWait(ctx context.Context, s Spec, pid int) error {
 	}
 	f := os.NewFile(uintptr(fd), "pidfd")
 	defer f.Close()
-	if !isHypervisor(s, pid) {
+	if !meant(pid) {
 		return nil
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {

@@ -347,13 +347,14 @@ func (s *Snapshots) Usage(name string) (bytes int64, err error) {
 	if !snapshotPattern.MatchString(name) {
 		return 0, nil
 	}
-	return usage(filepath.Join(s.dir, name))
+	return Usage(filepath.Join(s.dir, name))
 }
 
 // TotalUsage is the disk space of everything here, drafts included.
-func (s *Snapshots) TotalUsage() (bytes int64, err error) { return usage(s.dir) }
+func (s *Snapshots) TotalUsage() (bytes int64, err error) { return Usage(s.dir) }
 
-func usage(dir string) (bytes int64, err error) {
+// Usage is the disk space that a directory takes with all that is in it.
+func Usage(dir string) (bytes int64, err error) {
 	err = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // gone meanwhile

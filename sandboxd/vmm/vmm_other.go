@@ -109,3 +109,15 @@ type Draft struct{}
 
 // OpenSnapshots fails.
 func OpenSnapshots(string) (*Snapshots, error) { return nil, errLinux }
+
+// KillUser fails.
+func (*Launcher) KillUser(context.Context, uint32) error { return errLinux }
+
+// Clean fails.
+func (Spec) Clean() error { return errLinux }
+
+// Serial fails.
+func (Spec) Serial(int64) ([]byte, error) { return nil, errLinux }
+
+// RestorePaused fails.
+func (*VM) RestorePaused(context.Context, RestoreMode, *os.File) error { return errLinux }
