@@ -18,11 +18,16 @@ var (
 )
 
 // DialTCP connects to a port inside the sandbox, through a socket opened in its namespace: to 127.0.0.1, then ::1, then the
-// sandbox's own addresses, until somebody listens. The namespace is private, so 127.0.0.1 there is nobody but the sandbox.
+// sandbox's own addresses, until somebody listens. The namespace is private, so 127.0.0.1 there is nobody but the sandbox. Of a virtual
+// machine it tries the constant addresses, behind the tap: what listens on the machine's loopback alone is out of reach from here.
 // The connection is a bare *net.TCPConn, ready to be spliced. When nobody listens the error is syscall.ECONNREFUSED.
 func (s *Slot) DialTCP(ctx context.Context, port uint16) (net.Conn, error) {
 	var failed error
-	for _, addr := range [...]netip.Addr{loopback4, loopback6, s.GuestAddr, s.GuestAddr6, GuestConstant} {
+	addrs := []netip.Addr{loopback4, loopback6, s.GuestAddr, s.GuestAddr6, GuestConstant}
+	if s.tap {
+		addrs = s.constants()
+	}
+	for _, addr := range addrs {
 		if !addr.IsValid() {
 			continue
 		}
@@ -75,7 +80,8 @@ func (s *Slot) dialAddr(ctx context.Context, addr netip.AddrPort) (net.Conn, err
 		runtime.UnlockOSThread()
 	}
 	dialer := net.Dialer{
-		KeepAlive: -1, // both ends are on this machine: one cannot vanish without the other's kernel knowing
+		// Both ends are on this machine: one cannot vanish without the other's kernel knowing, or, of a virtual machine, the node.
+		KeepAlive: -1,
 		Control: func(string, string, syscall.RawConn) error {
 			if left {
 				return errSecondSocket

@@ -32,7 +32,7 @@ var (
 const DefaultMaxFlows = 16384
 
 // GuestConstant is the address that every sandbox has besides its slot's own, always the same, so that a snapshot taken in one
-// slot resumes in another. It never leaves the namespace.
+// slot resumes in another. It never leaves the namespace. A virtual machine has no other.
 var GuestConstant = netip.MustParseAddr("169.254.0.21")
 
 const (
@@ -51,7 +51,9 @@ type Config struct {
 	// MaxFlows is how many flows a slot may have in the host's table of them, which everybody on the host shares; zero means
 	// DefaultMaxFlows. More are dropped.
 	MaxFlows uint32
-	Log      *zap.Logger // nil means silence
+	// Tap makes slots for virtual machines: what is fenced sits behind the device TapName, and does not live in the namespace itself.
+	Tap bool
+	Log *zap.Logger // nil means silence
 }
 
 // withDefaults fills in the zero fields and refuses what cannot work.
@@ -77,6 +79,11 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if !c.Prefix6.Addr().Is6() || c.Prefix6.Addr().Is4In6() || c.Prefix6.Bits() > 127 {
 		return c, fmt.Errorf("slot prefix %s: want an IPv6 prefix with room for a pair of addresses", c.Prefix6)
+	}
+	for _, link := range links() {
+		if c.Tap && (link.Overlaps(c.Prefix) || link.Overlaps(c.Prefix6)) {
+			return c, fmt.Errorf("slot prefixes %s and %s: every machine's own link is %s", c.Prefix, c.Prefix6, link)
+		}
 	}
 	if len(c.NamePrefix) > maxNameLen {
 		return c, fmt.Errorf("name prefix %q: longer than %d", c.NamePrefix, maxNameLen)
@@ -173,12 +180,14 @@ type Slot struct {
 	GuestAddr6 netip.Addr // zero where the host has no IPv6
 	HostAddr   netip.Addr
 
+	tap bool // Config.Tap
+
 	mu sync.RWMutex // held while a socket is opened, so that Release cannot close ns under it
 	ns int          // the namespace, open, so that a dial opens no path; -1 after Release
 }
 
-func newSlot(p plan, ns int, ipv6 bool) *Slot {
-	s := &Slot{Index: p.index, NetNS: p.netns, HostDev: p.hostDev, GuestAddr: p.guest, HostAddr: p.host, ns: ns}
+func newSlot(p plan, ns int, ipv6, tap bool) *Slot {
+	s := &Slot{Index: p.index, NetNS: p.netns, HostDev: p.hostDev, GuestAddr: p.guest, HostAddr: p.host, tap: tap, ns: ns}
 	if ipv6 {
 		s.GuestAddr6 = p.guest6
 	}

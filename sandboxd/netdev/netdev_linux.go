@@ -135,7 +135,7 @@ func (n *Network) Acquire(ctx context.Context, index int) (*Slot, error) {
 		}
 		return nil, fmt.Errorf("acquire slot %d: %w", index, err)
 	}
-	return n.keep(newSlot(p, ns, n.ipv6)), nil
+	return n.keep(newSlot(p, ns, n.ipv6, n.cfg.Tap)), nil
 }
 
 // errExists means that the slot, or a part of it, is there already.
@@ -171,7 +171,7 @@ func (n *Network) build(p plan) (ns int, err error) {
 			_ = unix.Close(ns)
 		}
 	}()
-	if err := writeSysctls(guestSysctls(n.ipv6)); err != nil { // before eth0 exists, so that it is born with the defaults
+	if err := writeSysctls(guestSysctls(n.ipv6, n.cfg.Tap)); err != nil { // before eth0 exists, so that it is born with the defaults
 		return -1, err
 	}
 	veth := &netlink.Veth{
@@ -253,14 +253,17 @@ func createMountPoint(path string) error {
 	return f.Close()
 }
 
-// configureGuest sets up the inside: lo with the constant address, eth0 with the slot's, and everything else by way of the host.
+// configureGuest sets up the inside: lo with the constant address, or a tap for whom it belongs to, eth0 with the slot's, and everything
+// else by way of the host.
 func (n *Network) configureGuest(h *netlink.Handle, p plan) error {
 	lo, err := h.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("find lo: %w", err)
 	}
-	if err := h.AddrAdd(lo, address(GuestConstant, 32)); err != nil {
-		return fmt.Errorf("add address %s: %w", GuestConstant, err)
+	if !n.cfg.Tap {
+		if err := h.AddrAdd(lo, address(GuestConstant, 32)); err != nil {
+			return fmt.Errorf("add address %s: %w", GuestConstant, err)
+		}
 	}
 	if err := h.LinkSetUp(lo); err != nil {
 		return fmt.Errorf("set lo up: %w", err)
@@ -269,10 +272,14 @@ func (n *Network) configureGuest(h *netlink.Handle, p plan) error {
 	if err != nil {
 		return fmt.Errorf("find %s: %w", guestDev, err)
 	}
-	return n.configureEnd(h, eth0, end{
+	err = n.configureEnd(h, eth0, end{
 		addr: p.guest, addr6: p.guest6, bits: p.prefixLen, bits6: p.prefix6L,
 		peer: p.host, peer6: p.host6, peerMAC: p.hostMAC, viaPeer: true,
 	})
+	if err != nil || !n.cfg.Tap {
+		return err
+	}
+	return n.configureTap(h, p)
 }
 
 // configureHost sets up the host's end. The thread is in the home namespace, which /proc/sys shows.
@@ -372,14 +379,21 @@ func (n *Network) Adopt(index int) (*Slot, error) {
 		_ = unix.Close(ns)
 		return nil, fmt.Errorf("adopt slot %d: %w", index, err)
 	}
-	return n.keep(newSlot(p, ns, n.ipv6)), nil
+	return n.keep(newSlot(p, ns, n.ipv6, n.cfg.Tap)), nil
 }
 
 func (n *Network) checkGuest(p plan) error {
-	if err := checkLink("lo", nil, []netip.Addr{GuestConstant}); err != nil {
+	own := []netip.Addr{GuestConstant}
+	if n.cfg.Tap {
+		own = nil
+	}
+	if err := checkLink("lo", nil, own); err != nil {
 		return err
 	}
-	return checkLink(guestDev, p.guestMAC, n.addrs(p.guest, p.guest6))
+	if err := checkLink(guestDev, p.guestMAC, n.addrs(p.guest, p.guest6)); err != nil || !n.cfg.Tap {
+		return err
+	}
+	return n.checkTap(p)
 }
 
 func (n *Network) addrs(v4, v6 netip.Addr) []netip.Addr {

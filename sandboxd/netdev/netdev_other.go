@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
 )
 
 var errNotLinux = errors.New("network slots need Linux")
@@ -45,3 +46,9 @@ func (n *Network) Capacity() int { return 0 }
 
 // DialTCP fails like New.
 func (s *Slot) DialTCP(context.Context, uint16) (net.Conn, error) { return nil, errNotLinux }
+
+// OpenTap fails like New.
+func (s *Slot) OpenTap() (*os.File, error) { return nil, errNotLinux }
+
+// SetGuest fails like New.
+func (s *Slot) SetGuest(net.HardwareAddr) error { return errNotLinux }

@@ -18,11 +18,15 @@ type sysctl struct {
 	optional    bool // absent on some kernels, and nothing is lost without it
 }
 
-// guestSysctls are set inside, before eth0 exists.
-func guestSysctls(ipv6 bool) []sysctl {
+// guestSysctls are set inside, before eth0 exists. With a tap the namespace is a router, and tells the machine nothing of its own accord.
+func guestSysctls(ipv6, tap bool) []sysctl {
+	forward := "0"
+	if tap {
+		forward = "1"
+	}
 	settings := []sysctl{
 		// A new namespace inherits the host's IPv4 settings, and a node forwards. First, because it resets others.
-		{path: "ipv4/ip_forward", value: "0"},
+		{path: "ipv4/ip_forward", value: forward},
 		{path: "ipv4/ip_unprivileged_port_start", value: "0"},       // port 80 for everyone: who else would want it
 		{path: "ipv4/ping_group_range", value: "0 2147483647"},      // ping without privilege
 		{path: "ipv4/conf/all/accept_redirects", value: "0"},        // the way out is fixed
@@ -30,11 +34,15 @@ func guestSysctls(ipv6 bool) []sysctl {
 		{path: "ipv4/conf/default/accept_source_route", value: "0"}, //
 		{path: "ipv4/conf/all/rp_filter", value: "1"},
 		{path: "ipv4/conf/default/rp_filter", value: "1"},
+		{path: "ipv4/conf/all/send_redirects", value: "0"},
+		{path: "ipv4/conf/default/send_redirects", value: "0"},
+		{path: "ipv4/conf/default/arp_ignore", value: "1"}, // asked at one device it does not speak for another
 	}
 	if !ipv6 {
 		return settings
 	}
 	return append(settings,
+		sysctl{path: "ipv6/conf/all/forwarding", value: forward}, // first as well
 		sysctl{path: "ipv6/conf/all/disable_ipv6", value: "0"},
 		sysctl{path: "ipv6/conf/default/disable_ipv6", value: "0"},
 		sysctl{path: "ipv6/conf/default/accept_ra", value: "0"},
@@ -43,6 +51,16 @@ func guestSysctls(ipv6 bool) []sysctl {
 		sysctl{path: "ipv6/conf/default/accept_redirects", value: "0"},
 		sysctl{path: "ipv6/conf/default/addr_gen_mode", value: "1"}, // no link-local address: both ends know each other
 	)
+}
+
+// flowSysctls are set inside where a machine's flows are translated. A machine that resumes in another slot brings connections along that
+// this namespace knows nothing of: they must not be taken for new ones (loose) but refused, so that both ends learn of it at once. And
+// what is not as expected in a connection that it does know is the machine's business (liberal): it would be reset for a lost packet.
+func flowSysctls() []sysctl {
+	return []sysctl{
+		{path: "netfilter/nf_conntrack_tcp_loose", value: "0"},
+		{path: "netfilter/nf_conntrack_tcp_be_liberal", value: "1"},
+	}
 }
 
 // hostDevSysctls are set on the host's end before it goes up.
