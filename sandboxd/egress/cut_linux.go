@@ -17,7 +17,7 @@ import (
 func (r Ruleset) cut(ns int) error {
 	return inNetNS(ns, func() error {
 		protos, err := r.cutConntrack()
-		if !r.local {
+		if r.tap != "" {
 			return err // the sockets are in the machine
 		}
 		failed := []error{err}

@@ -219,12 +219,15 @@ type Refusals struct {
 	Spoofed  uint64 // with a source address that is not the sandbox's
 	Inbound  uint64 // unasked from outside
 	Flows    uint64 // that would have begun one flow too many
+	Frames   uint64 // from a machine, that are no packets of an ordinary host to its gateway
+	Stale    uint64 // from a machine, of connections that are unknown here: it had them before it was paused, or before the rules cut them
 }
 
 // Reasons returns the counts by the label that metrics give them.
 func (r Refusals) Reasons() map[string]uint64 {
 	return map[string]uint64{
 		reasonReserved: r.Reserved, reasonDenied: r.Denied, reasonSpoofed: r.Spoofed, reasonInbound: r.Inbound, reasonFlows: r.Flows,
+		reasonFrame: r.Frames, reasonStale: r.Stale,
 	}
 }
 
@@ -235,4 +238,6 @@ const (
 	reasonSpoofed  = "spoofed"
 	reasonInbound  = "inbound"
 	reasonFlows    = "flows"
+	reasonFrame    = "frame"
+	reasonStale    = "stale"
 )

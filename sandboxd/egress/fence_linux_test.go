@@ -93,25 +93,25 @@ func (w *world) counters(slot *netdev.Slot) egress.Refusals {
 	return counters
 }
 
-// dial opens a socket inside the slot.
-func (w *world) dial(slot *netdev.Slot, network, to string, patience time.Duration) (conn net.Conn, err error) {
+// dial opens a socket inside a namespace: a slot's, or that of the machine in a slot.
+func (w *world) dial(netns, network, to string, patience time.Duration) (conn net.Conn, err error) {
 	w.Helper()
-	enterErr := lab.Enter(slot.NetNS, func() { conn, err = net.DialTimeout(network, to, patience) })
+	enterErr := lab.Enter(netns, func() { conn, err = net.DialTimeout(network, to, patience) })
 	if enterErr != nil {
 		w.Fatal(enterErr)
 	}
 	return conn, err
 }
 
-// reach says what a program inside the slot sees of an address: "open", "refused" at connect time, or "silent".
-func (w *world) reach(slot *netdev.Slot, network string, to netip.Addr) string {
+// reach says what a program inside sees of an address: "open", "refused" at connect time, or "silent".
+func (w *world) reach(netns, network string, to netip.Addr) string {
 	w.Helper()
-	return w.reachWithin(slot, network, to, 5*time.Second)
+	return w.reachWithin(netns, network, to, 5*time.Second)
 }
 
-func (w *world) reachWithin(slot *netdev.Slot, network string, to netip.Addr, patience time.Duration) string {
+func (w *world) reachWithin(netns, network string, to netip.Addr, patience time.Duration) string {
 	w.Helper()
-	conn, err := w.dial(slot, network, netip.AddrPortFrom(to, lab.PortEcho).String(), patience)
+	conn, err := w.dial(netns, network, netip.AddrPortFrom(to, lab.PortEcho).String(), patience)
 	if err == nil {
 		defer conn.Close()
 		conn.SetDeadline(time.Now().Add(patience))
@@ -172,7 +172,7 @@ func TestFence(t *testing.T) {
 				}
 			}
 			for _, network := range []string{"tcp", "udp"} {
-				if got := w.reach(slot, network, netip.MustParseAddr(addr)); got != want {
+				if got := w.reach(slot.NetNS, network, netip.MustParseAddr(addr)); got != want {
 					t.Errorf("%s: %s over %s is %s, want %s", tt.name, addr, network, got, want)
 				}
 				if want == "refused" {
@@ -223,7 +223,7 @@ func TestReservedNever(t *testing.T) {
 	// First without rules: the host's table alone. It is silent.
 	for _, addr := range []netip.Addr{lab.HostAddr, lab.HostAddr6, neighbour.GuestAddr, neighbour.GuestAddr6,
 		netip.MustParseAddr("169.254.169.254"), netip.MustParseAddr("10.99.0.1"), netip.MustParseAddr("fd00:99::1")} {
-		if got := w.reachWithin(slot, "tcp", addr, 200*time.Millisecond); got == "open" {
+		if got := w.reachWithin(slot.NetNS, "tcp", addr, 200*time.Millisecond); got == "open" {
 			t.Errorf("without rules inside, %s is open", addr)
 		}
 	}
@@ -231,7 +231,7 @@ func TestReservedNever(t *testing.T) {
 	w.fence(slot, nil, "0.0.0.0/0 10.0.0.0/8 169.254.0.0/16 fc00::/7", "")
 	for _, addr := range targets {
 		for _, network := range []string{"tcp", "udp"} {
-			if got := w.reach(slot, network, addr); got != "refused" {
+			if got := w.reach(slot.NetNS, network, addr); got != "refused" {
 				t.Errorf("%s over %s is %s, want refused", addr, network, got)
 			}
 		}
@@ -242,7 +242,7 @@ func TestReservedNever(t *testing.T) {
 	if got := w.lab.Trapped(); got != 0 {
 		t.Errorf("%d packets fell into the traps: %v", got, w.lab.Hits(netip.Addr{}))
 	}
-	if got := w.reach(slot, "tcp", netip.MustParseAddr("1.1.1.1")); got != "open" {
+	if got := w.reach(slot.NetNS, "tcp", netip.MustParseAddr("1.1.1.1")); got != "open" {
 		t.Errorf("1.1.1.1 is %s", got)
 	}
 }
@@ -374,11 +374,11 @@ func TestUpdateCuts(t *testing.T) {
 			w.fence(slot, nil, "", "")
 			at := func(port uint16) string { return netip.AddrPortFrom(netip.MustParseAddr(peer), port).String() }
 			read := io.Discard.(io.ReaderFrom).ReadFrom
-			download := w.transfer(slot, "tcp", at(lab.PortStream), read)
-			upload := w.transfer(slot, "tcp", at(lab.PortSink), nil)
-			stream := w.transfer(slot, "udp", at(lab.PortStream), read)
-			pour := w.transfer(slot, "udp", at(lab.PortSink), nil)
-			other := w.transfer(slot, "tcp", fmt.Sprintf("1.1.1.1:%d", lab.PortStream), read)
+			download := w.transfer(slot.NetNS, "tcp", at(lab.PortStream), read)
+			upload := w.transfer(slot.NetNS, "tcp", at(lab.PortSink), nil)
+			stream := w.transfer(slot.NetNS, "udp", at(lab.PortStream), read)
+			pour := w.transfer(slot.NetNS, "udp", at(lab.PortSink), nil)
+			other := w.transfer(slot.NetNS, "tcp", fmt.Sprintf("1.1.1.1:%d", lab.PortStream), read)
 			flows := []*flow{download, upload, stream, pour}
 			for _, f := range append(flows, other) {
 				f.mustMove(t)
@@ -394,11 +394,11 @@ func TestUpdateCuts(t *testing.T) {
 			if now := w.lab.Sunk(); now != still {
 				t.Errorf("the sink swallowed %d bytes after the cut", now-still)
 			}
-			if got := w.reach(slot, "tcp", netip.MustParseAddr(peer)); got != "refused" {
+			if got := w.reach(slot.NetNS, "tcp", netip.MustParseAddr(peer)); got != "refused" {
 				t.Errorf("a new connection is %s, want refused", got)
 			}
 			w.fence(slot, nil, "", "")
-			if got := w.reach(slot, "tcp", netip.MustParseAddr(peer)); got != "open" {
+			if got := w.reach(slot.NetNS, "tcp", netip.MustParseAddr(peer)); got != "open" {
 				t.Errorf("after allowing it again it is %s", got)
 			}
 			other.mustMove(t)
@@ -417,10 +417,10 @@ type flow struct {
 	ended chan error
 }
 
-// transfer starts one inside the slot: reading when copyFrom is given, else writing.
-func (w *world) transfer(slot *netdev.Slot, network, to string, copyFrom func(io.Reader) (int64, error)) *flow {
+// transfer starts one inside: reading when copyFrom is given, else writing.
+func (w *world) transfer(netns, network, to string, copyFrom func(io.Reader) (int64, error)) *flow {
 	w.Helper()
-	conn, err := w.dial(slot, network, to, 5*time.Second)
+	conn, err := w.dial(netns, network, to, 5*time.Second)
 	if err != nil {
 		w.Fatal(err)
 	}
@@ -569,7 +569,7 @@ func TestRootInsideIsPowerless(t *testing.T) {
 		}
 	}
 	for addr, want := range map[string]string{"8.8.8.8": "refused", "1.1.1.1": "open", cloudflare6: "open"} {
-		if got := w.reach(slot, "tcp", netip.MustParseAddr(addr)); got != want {
+		if got := w.reach(slot.NetNS, "tcp", netip.MustParseAddr(addr)); got != want {
 			t.Errorf("afterwards %s is %s, want %s", addr, got, want)
 		}
 	}
@@ -604,7 +604,7 @@ func TestThousandDescriptors(t *testing.T) {
 	slot := w.slot(8)
 	w.fence(slot, nil, "", "8.8.8.8")
 	w.fence(slot, nil, "", "9.9.9.9") // over the one before, and ends its flows
-	if got := w.reach(slot, "tcp", netip.MustParseAddr("9.9.9.9")); got != "refused" {
+	if got := w.reach(slot.NetNS, "tcp", netip.MustParseAddr("9.9.9.9")); got != "refused" {
 		t.Errorf("9.9.9.9 is %s, want refused", got)
 	}
 	if got := w.counters(slot).Denied; got != 1 {
@@ -613,7 +613,7 @@ func TestThousandDescriptors(t *testing.T) {
 	if err := w.network.Setup(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if got := w.reach(slot, "udp", netip.MustParseAddr("8.8.8.8")); got != "open" {
+	if got := w.reach(slot.NetNS, "udp", netip.MustParseAddr("8.8.8.8")); got != "open" {
 		t.Errorf("8.8.8.8 is %s, want open", got)
 	}
 	if err := w.network.Release(t.Context(), 8); err != nil {
@@ -690,10 +690,10 @@ func TestOneSandboxCannotFillTheTable(t *testing.T) {
 		t.Errorf("the host tracks %d flows of the slot without rules, want %d", got, outside)
 	}
 	for _, network := range []string{"tcp", "udp"} {
-		if got := w.reach(slot, network, netip.MustParseAddr("8.8.8.8")); got != "refused" {
+		if got := w.reach(slot.NetNS, network, netip.MustParseAddr("8.8.8.8")); got != "refused" {
 			t.Errorf("one more flow over %s is %s, want refused", network, got)
 		}
-		if got := w.reach(neighbour, network, netip.MustParseAddr("8.8.8.8")); got != "open" {
+		if got := w.reach(neighbour.NetNS, network, netip.MustParseAddr("8.8.8.8")); got != "open" {
 			t.Errorf("the neighbour's flow over %s is %s, want open", network, got)
 		}
 	}

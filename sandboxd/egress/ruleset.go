@@ -3,21 +3,33 @@ package egress
 import (
 	"cmp"
 	"fmt"
+	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"go4.org/netipx"
 )
 
-// tableName is the one table in a sandbox's namespace.
+// tableName is the one table in a sandbox's namespace, or two: where a virtual machine is behind a tap, the family netdev has one of this
+// name as well.
 const tableName = "sluice"
 
 // uplink is the way out of every namespace, see sandboxd/netdev.
 const uplink = "eth0"
 
+// link is what a virtual machine shares with the namespace, see sandboxd/netdev: its own address there, the gateway, and the group in
+// which neighbours ask for the gateway of IPv6.
+var (
+	link4, link6       = netip.MustParsePrefix("169.254.0.20/30"), netip.MustParsePrefix("fd73:6c75:6963:65ff::/126")
+	gateway4, gateway6 = netip.MustParseAddr("169.254.0.22"), netip.MustParseAddr("fd73:6c75:6963:65ff::1")
+	gatewayGroup6      = netip.MustParseAddr("ff02::1:ff00:1")
+)
+
 // Placement says where a sandbox's packets pass.
 type Placement struct {
 	tap   string // of a virtual machine; empty when the sandbox's processes live in the namespace itself
+	mac   net.HardwareAddr
 	guest []netip.Addr
 }
 
@@ -26,9 +38,10 @@ type Placement struct {
 func Local(guest ...netip.Addr) Placement { return Placement{guest: valid(guest)} }
 
 // Forwarded is for a virtual machine behind a tap device of the namespace: its packets pass the forward hook, and what the node
-// itself sends through the tap passes freely.
-func Forwarded(tap string, guest ...netip.Addr) Placement {
-	return Placement{tap: tap, guest: valid(guest)}
+// itself sends through the tap passes freely. Whoever is root in the machine can send any frame at all; it may be one from the hardware
+// address mac with a source among guest, to the gateway, or it goes no further than the device. See docs/decisions/0016.
+func Forwarded(tap string, mac net.HardwareAddr, guest ...netip.Addr) Placement {
+	return Placement{tap: tap, mac: slices.Clone(mac), guest: valid(guest)}
 }
 
 // valid drops zero addresses, which a slot has for a family that the host lacks.
@@ -43,12 +56,27 @@ func valid(addrs []netip.Addr) (list []netip.Addr) {
 
 // Ruleset is a compiled policy: a value, complete, that can be printed, compared by its text, and applied.
 type Ruleset struct {
-	local                   bool
+	tap                     string // as in Placement
 	own                     *netipx.IPSet
 	reserved, allowed, deny *netipx.IPSet
-	sets                    []set
-	chains                  []chain
+	tables                  []table
 }
+
+// table is what is in force for one of the kernel's families, all under the same name.
+type table struct {
+	family   family
+	counters []string
+	sets     []set
+	chains   []chain
+}
+
+// family says what the rules of a table get to see.
+type family uint8
+
+const (
+	inet   family = iota // packets, put together from their fragments
+	netdev               // frames, as they come in by a device
+)
 
 // set is a named set of addresses of one family.
 type set struct {
@@ -60,7 +88,8 @@ type set struct {
 // chain is a list of rules; with a hook it is where packets enter, and drops what no rule accepts.
 type chain struct {
 	name  string
-	hook  string // "output", "input", "forward" or none
+	hook  string // "output", "input", "forward", "ingress" or none
+	dev   string // of ingress
 	rules []rule
 }
 
@@ -70,8 +99,10 @@ type rule []term
 // term is one piece of a rule. Its text is nft's; the kernel's form is made from op and the arguments.
 type term struct {
 	op   op
-	name string // of a device, a set, a chain, a counter, or a state
+	not  bool   // the opposite, of the terms that have one
+	name string // of a device, a set, a chain, a counter, or whatever the term matches
 	addr netip.Addr
+	mac  net.HardwareAddr
 	v6   bool
 	max  uint32 // of flows
 }
@@ -83,13 +114,22 @@ const (
 	opOIF                  // oifname "name"
 	opDaddrIn              // ip daddr @name
 	opSaddrIn              // ip saddr @name
-	opSaddrNotIn           // ip saddr != @name
 	opDaddrIs              // ip daddr addr
 	opState                // ct state name
 	opConfirmed            // ct status confirmed
 	opFlowsOver            // ct count over max
 	opTCP                  // meta l4proto tcp
-	opNeighbour            // icmpv6 type name
+	opICMP                 // icmp type name
+	opFrom                 // ether saddr mac
+	opEtherType            // ether type name
+	opToUs                 // meta pkttype host
+	opVersion              // ip version 4
+	opNoOptions            // ip hdrlength 5
+	opExtension            // exthdr name exists
+	opARPRequest           // arp operation request, for IPv4 over Ethernet
+	opARPFrom              // arp saddr ether mac
+	opARPSource            // arp saddr ip addr
+	opARPTarget            // arp daddr ip addr
 	opCount                // counter name "name"
 	opAccept               // accept
 	opDrop                 // drop
@@ -103,6 +143,14 @@ func oif(dev string) term        { return term{op: opOIF, name: dev} }
 func state(name string) term     { return term{op: opState, name: name} }
 func count(reason string) term   { return term{op: opCount, name: reason} }
 func gotoChain(name string) term { return term{op: opGoto, name: name} }
+func icmp(kind string) term      { return term{op: opICMP, name: kind} }
+func icmp6(kind string) term     { return term{op: opICMP, name: kind, v6: true} }
+
+// not is the opposite of a term.
+func not(t term) term {
+	t.not = true
+	return t
+}
 
 var (
 	accept = term{op: opAccept}
@@ -116,26 +164,37 @@ func Compile(p Policy, where Placement) Ruleset {
 		deny = []netip.Prefix{all4, all6}
 	}
 	r := Ruleset{
-		local:    where.tap == "",
+		tap:      where.tap,
 		own:      setOf(singles(where.guest)),
 		reserved: setOf(append(Reserved(), p.Protected...)),
 		allowed:  setOf(p.Allow),
 		deny:     setOf(deny),
 	}
-	checkSource := len(where.guest) > 0
-	if checkSource {
-		r.addSets("own", r.own)
+	r.tables = []table{r.packets(p, where)}
+	if where.tap != "" {
+		r.tables = append(r.tables, r.frames(where))
 	}
-	r.addSets("reserved", r.reserved)
-	r.addSets("allowed", r.allowed)
-	r.addSets("denied", r.deny)
+	return r
+}
+
+// packets are the rules of the policy.
+func (r Ruleset) packets(p Policy, where Placement) table {
+	t := table{family: inet, counters: []string{reasonReserved, reasonDenied, reasonSpoofed, reasonInbound, reasonFlows}}
+	forwarded := where.tap != ""
+	checkSource := forwarded || len(where.guest) > 0
+	if checkSource {
+		t.addSets("own", r.own)
+	}
+	t.addSets("reserved", r.reserved)
+	t.addSets("allowed", r.allowed)
+	t.addSets("denied", r.deny)
 
 	outbound := []rule{
 		{{op: opDaddrIs, addr: igmpReports}, drop}, // the kernel's own noise, not worth a count
 		{{op: opDaddrIs, addr: mldReports, v6: true}, drop},
 	}
 	if checkSource {
-		outbound = append(outbound, both(term{op: opSaddrNotIn, name: "own"}, count(reasonSpoofed), drop)...)
+		outbound = append(outbound, both(not(term{op: opSaddrIn, name: "own"}), count(reasonSpoofed), drop)...)
 	}
 	outbound = append(outbound, both(term{op: opDaddrIn, name: "reserved"}, count(reasonReserved), gotoChain("refuse"))...)
 	outbound = append(outbound, both(term{op: opDaddrIn, name: "allowed"}, gotoChain("admit"))...)
@@ -148,6 +207,11 @@ func Compile(p Policy, where Placement) Ruleset {
 		{state("new"), {op: opFlowsOver, max: cmp.Or(p.MaxFlows, DefaultMaxFlows)}, count(reasonFlows), gotoChain("refuse")},
 		{accept},
 	}
+	if forwarded {
+		// A machine that resumes in another place takes up connections that are unknown there. Each is reset at its next packet.
+		t.counters = append(t.counters, reasonStale)
+		admit = slices.Insert(admit, 1, rule{state("invalid"), count(reasonStale), gotoChain("refuse")})
+	}
 
 	// Answers are judged by where they come from, in the same order: a flow that is now forbidden is deaf as well as dumb. Errors
 	// about a flow (related) come from any router on its way.
@@ -156,29 +220,28 @@ func Compile(p Policy, where Placement) Ruleset {
 	replies = append(replies, both(term{op: opSaddrIn, name: "denied"}, drop)...)
 	replies = append(replies, rule{accept})
 
-	r.chains = []chain{
+	t.chains = []chain{
 		{name: "refuse", rules: []rule{{{op: opTCP}, {op: opResetTCP}}, {{op: opProhibit}}}},
 		{name: "admit", rules: admit},
 		{name: "outbound", rules: outbound},
 		{name: "replies", rules: replies},
 		{name: "inbound", rules: []rule{{state("related"), accept}, {state("established"), gotoChain("replies")}, {count(reasonInbound), drop}}},
 	}
-	if r.local {
-		r.chains = append(r.chains,
+	if !forwarded {
+		t.chains = append(t.chains,
 			chain{name: "output", hook: "output", rules: []rule{{oif("lo"), accept}, {oif(uplink), gotoChain("outbound")}}},
 			chain{name: "input", hook: "input", rules: []rule{{iif("lo"), accept}, {iif(uplink), gotoChain("inbound")}}},
 			chain{name: "forward", hook: "forward"}, // nothing is
 		)
-		return r
+		return t
 	}
-	r.chains = append(r.chains,
-		// What the machine sends to the namespace itself: answers to the node, and the neighbour protocol of the tap.
+	t.chains = append(t.chains,
+		// What the machine sends to the namespace itself: answers to the node, and questions for the gateway's hardware address.
 		chain{name: "from_guest", rules: []rule{
 			{state("established"), accept},
 			{state("related"), accept},
-			{{op: opNeighbour, name: "nd-neighbor-solicit"}, accept},
-			{{op: opNeighbour, name: "nd-neighbor-advert"}, accept},
-			{count(reasonReserved), drop},
+			{icmp6("nd-neighbor-solicit"), accept},
+			{count(reasonReserved), gotoChain("refuse")},
 		}},
 		chain{name: "forward", hook: "forward", rules: []rule{
 			{iif(where.tap), oif(uplink), gotoChain("outbound")},
@@ -189,8 +252,95 @@ func Compile(p Policy, where Placement) Ruleset {
 			{iif(where.tap), gotoChain("from_guest")},
 			{iif(uplink), gotoChain("inbound")},
 		}},
+		// The namespace speaks to the machine alone, and has nothing to say to the world.
+		chain{name: "output", hook: "output", rules: []rule{{oif("lo"), accept}, {oif(where.tap), accept}}},
 	)
-	return r
+	return t
+}
+
+// frames are the rules for what comes out of a machine, before the kernel makes anything of it: whatever is not the packet of an ordinary
+// host to its gateway goes no further. They know nothing of the policy, and see fragments one by one.
+func (r Ruleset) frames(where Placement) table {
+	t := table{family: netdev, counters: []string{reasonFrame, reasonSpoofed, reasonReserved}}
+	t.addSets("own", r.own)
+	t.addSets("nowhere", nowhere())
+	toUs := term{op: opToUs}
+	fromOwn := term{op: opSaddrIn, name: "own"}
+	notFrame := []term{count(reasonFrame), drop}
+	refuse := func(match term) rule { return append(rule{match}, notFrame...) }
+
+	guest4 := []rule{
+		{{op: opDaddrIs, addr: igmpReports}, drop}, // every kernel's noise
+		refuse(not(toUs)),
+		refuse(not(term{op: opVersion})),
+		refuse(not(term{op: opNoOptions})), // source routes among them
+		refuse(icmp("redirect")),
+		refuse(icmp("router-advertisement")),
+		refuse(icmp("router-solicitation")),
+		{not(inFamily(fromOwn, false)), count(reasonSpoofed), drop},
+		{inFamily(term{op: opDaddrIn, name: "nowhere"}, false), count(reasonReserved), drop},
+		{accept},
+	}
+	own6 := inFamily(fromOwn, true)
+	guest6 := []rule{
+		{{op: opDaddrIs, addr: mldReports, v6: true}, drop},
+		{own6, {op: opDaddrIs, addr: gateway6, v6: true}, icmp6("nd-neighbor-solicit"), accept},
+		{own6, {op: opDaddrIs, addr: gatewayGroup6, v6: true}, icmp6("nd-neighbor-solicit"), accept},
+		refuse(not(toUs)),
+		refuse(not(term{op: opVersion, v6: true})),
+		refuse(term{op: opExtension, name: "hbh"}),
+		refuse(term{op: opExtension, name: "rt"}), // source routes
+		refuse(icmp6("nd-router-solicit")),
+		refuse(icmp6("nd-router-advert")),
+		refuse(icmp6("nd-neighbor-solicit")),
+		refuse(icmp6("nd-neighbor-advert")), // the namespace does not ask
+		refuse(icmp6("nd-redirect")),
+		{not(own6), count(reasonSpoofed), drop},
+		{inFamily(term{op: opDaddrIn, name: "nowhere"}, true), count(reasonReserved), drop},
+		{accept},
+	}
+	guestARP := []rule{{not(term{op: opARPFrom, mac: where.mac}), count(reasonSpoofed), drop}}
+	for _, addr := range where.guest {
+		if addr.Is4() { // there is one
+			guestARP = append(guestARP,
+				rule{not(term{op: opARPSource, addr: addr}), count(reasonSpoofed), drop},
+				rule{{op: opARPRequest}, {op: opARPTarget, addr: gateway4}, accept},
+			)
+		}
+	}
+	guestARP = append(guestARP, notFrame)
+	t.chains = []chain{
+		{name: "guest4", rules: guest4},
+		{name: "guest6", rules: guest6},
+		{name: "guest_arp", rules: guestARP},
+		{name: "ingress", hook: "ingress", dev: where.tap, rules: []rule{
+			{not(term{op: opFrom, mac: where.mac}), count(reasonSpoofed), drop},
+			{{op: opEtherType, name: "ip"}, gotoChain("guest4")}, // the type as it was sent: that of a frame with a VLAN tag is vlan
+			{{op: opEtherType, name: "ip6"}, gotoChain("guest6")},
+			{{op: opEtherType, name: "arp"}, gotoChain("guest_arp")},
+			notFrame,
+		}},
+	}
+	return t
+}
+
+// nowhere is what a machine has no business to send to its gateway, and routing would throw away before a rule could count it: loopback,
+// multicast, broadcast, and the machine's own link but for the gateway.
+func nowhere() *netipx.IPSet {
+	var builder netipx.IPSetBuilder
+	for _, text := range []string{"0.0.0.0/32", "127.0.0.0/8", "224.0.0.0/4", "255.255.255.255/32", "::/127", "ff00::/8"} {
+		builder.AddPrefix(netip.MustParsePrefix(text))
+	}
+	for _, link := range []netip.Prefix{link4, link6} {
+		builder.AddPrefix(link)
+	}
+	builder.Remove(gateway4)
+	builder.Remove(gateway6)
+	set, err := builder.IPSet()
+	if err != nil {
+		panic(fmt.Sprintf("BUG: addresses that lead nowhere: %v", err))
+	}
+	return set
 }
 
 var (
@@ -205,15 +355,23 @@ func singles(addrs []netip.Addr) (prefixes []netip.Prefix) {
 	return prefixes
 }
 
-// both is a rule for IPv4 and the same for IPv6. The first term matches a set, whose name gets the family's number.
+// both is a rule for IPv4 and the same for IPv6. The first term matches a set.
 func both(match term, rest ...term) []rule {
-	match4, match6 := match, match
-	match4.name, match6.name = match.name+"4", match.name+"6"
-	match6.v6 = true
-	return []rule{append(rule{match4}, rest...), append(rule{match6}, rest...)}
+	return []rule{append(rule{inFamily(match, false)}, rest...), append(rule{inFamily(match, true)}, rest...)}
 }
 
-func (r *Ruleset) addSets(name string, addrs *netipx.IPSet) {
+// inFamily is a match of a set for one family, whose number its name gets.
+func inFamily(match term, v6 bool) term {
+	match.v6 = v6
+	if v6 {
+		match.name += "6"
+	} else {
+		match.name += "4"
+	}
+	return match
+}
+
+func (t *table) addSets(name string, addrs *netipx.IPSet) {
 	v4, v6 := set{name: name + "4"}, set{name: name + "6", v6: true}
 	for _, rg := range addrs.Ranges() {
 		if rg.From().Is4() {
@@ -222,7 +380,7 @@ func (r *Ruleset) addSets(name string, addrs *netipx.IPSet) {
 			v6.ranges = append(v6.ranges, rg)
 		}
 	}
-	r.sets = append(r.sets, v4, v6)
+	t.sets = append(t.sets, v4, v6)
 }
 
 // Verdict is what the rules say of a destination outside the namespace: the same answer as the kernel's, without asking it.
@@ -245,29 +403,49 @@ func (r Ruleset) forbids(src, dst netip.Addr) bool {
 	if !dst.IsValid() || dst.IsUnspecified() || dst.IsLoopback() || src == dst || r.own.Contains(dst) {
 		return false
 	}
-	if !r.local && !r.own.Contains(src) {
+	if r.tap != "" && !r.own.Contains(src) {
 		return false // of the node itself, not of the machine behind the tap
 	}
 	return r.Verdict(dst) != Allowed
 }
 
-// String is the ruleset as `nft -f` takes it: it replaces the table as Apply does, but for the counters, which Apply carries over.
+// String is the ruleset as `nft -f` takes it: it replaces the tables as Apply does, but for the counters, which Apply carries over.
 func (r Ruleset) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "table inet %s\ndelete table inet %s\ntable inet %s {\n", tableName, tableName, tableName)
-	for _, reason := range reasons {
-		fmt.Fprintf(&b, "\tcounter %s {\n\t}\n\n", reason)
+	for _, t := range r.tables {
+		fmt.Fprintf(&b, "table %s %s\ndelete table %s %s\n", t.family, tableName, t.family, tableName)
 	}
-	for _, s := range r.sets {
-		s.appendTo(&b)
+	for _, t := range r.tables {
+		t.appendTo(&b)
 	}
-	for i, c := range r.chains {
+	return b.String()
+}
+
+func (f family) String() string {
+	if f == netdev {
+		return "netdev"
+	}
+	return "inet"
+}
+
+func (t table) appendTo(b *strings.Builder) {
+	fmt.Fprintf(b, "table %s %s {\n", t.family, tableName)
+	for _, reason := range t.counters {
+		fmt.Fprintf(b, "\tcounter %s {\n\t}\n\n", reason)
+	}
+	for _, s := range t.sets {
+		s.appendTo(b)
+	}
+	for i, c := range t.chains {
 		if i > 0 {
 			b.WriteByte('\n')
 		}
-		fmt.Fprintf(&b, "\tchain %s {\n", c.name)
-		if c.hook != "" {
-			fmt.Fprintf(&b, "\t\ttype filter hook %s priority filter; policy drop;\n", c.hook)
+		fmt.Fprintf(b, "\tchain %s {\n", c.name)
+		switch {
+		case c.dev != "":
+			fmt.Fprintf(b, "\t\ttype filter hook %s device %q priority filter; policy drop;\n", c.hook, c.dev)
+		case c.hook != "":
+			fmt.Fprintf(b, "\t\ttype filter hook %s priority filter; policy drop;\n", c.hook)
 		}
 		for _, rule := range c.rules {
 			b.WriteString("\t\t")
@@ -282,7 +460,6 @@ func (r Ruleset) String() string {
 		b.WriteString("\t}\n")
 	}
 	b.WriteString("}\n")
-	return b.String()
 }
 
 func (s set) appendTo(b *strings.Builder) {
@@ -318,9 +495,13 @@ func rangeText(r netipx.IPRange) string {
 
 // String is the term in nft's words, as nft itself lists them.
 func (t term) String() string {
-	ip := "ip"
+	ip, icmp, version := "ip", "icmp", 4
 	if t.v6 {
-		ip = "ip6"
+		ip, icmp, version = "ip6", "icmpv6", 6
+	}
+	is := " " // between a match and what it wants
+	if t.not {
+		is = " != "
 	}
 	switch t.op {
 	case opIIF:
@@ -330,9 +511,7 @@ func (t term) String() string {
 	case opDaddrIn:
 		return ip + " daddr @" + t.name
 	case opSaddrIn:
-		return ip + " saddr @" + t.name
-	case opSaddrNotIn:
-		return ip + " saddr != @" + t.name
+		return ip + " saddr" + is + "@" + t.name
 	case opDaddrIs:
 		return ip + " daddr " + t.addr.String()
 	case opState:
@@ -343,8 +522,28 @@ func (t term) String() string {
 		return fmt.Sprintf("ct count over %d", t.max)
 	case opTCP:
 		return "meta l4proto tcp"
-	case opNeighbour:
-		return "icmpv6 type " + t.name
+	case opICMP:
+		return icmp + " type " + t.name
+	case opFrom:
+		return "ether saddr" + is + t.mac.String()
+	case opEtherType:
+		return "ether type " + t.name
+	case opToUs:
+		return "meta pkttype" + is + "host"
+	case opVersion:
+		return fmt.Sprintf("%s version%s%d", ip, is, version)
+	case opNoOptions:
+		return "ip hdrlength" + is + "5"
+	case opExtension:
+		return "exthdr " + t.name + " exists"
+	case opARPRequest:
+		return "arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp operation request"
+	case opARPFrom:
+		return "arp saddr ether" + is + t.mac.String()
+	case opARPSource:
+		return "arp saddr ip" + is + t.addr.String()
+	case opARPTarget:
+		return "arp daddr ip" + is + t.addr.String()
 	case opCount:
 		return fmt.Sprintf("counter name %q", t.name)
 	case opAccept:
@@ -360,5 +559,3 @@ func (t term) String() string {
 	}
 	panic(fmt.Sprintf("BUG: term %d has no text", t.op))
 }
-
-var reasons = [...]string{reasonReserved, reasonDenied, reasonSpoofed, reasonInbound, reasonFlows}

@@ -2,6 +2,7 @@ package egress
 
 import (
 	"flag"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -9,6 +10,12 @@ import (
 )
 
 var update = flag.Bool("update", false, "rewrite testdata/*.golden")
+
+// What a machine behind a tap has.
+var (
+	machineMAC        = net.HardwareAddr{0x02, 'S', 'L', 0, 0, 2}
+	machine, machine6 = netip.MustParseAddr("169.254.0.21"), netip.MustParseAddr("fd73:6c75:6963:65ff::2")
+)
 
 // rulesets are the golden ones: each policy of the API's documentation in the places where it can be in force.
 func rulesets(t *testing.T) map[string]Ruleset {
@@ -22,7 +29,7 @@ func rulesets(t *testing.T) map[string]Ruleset {
 		"allow-list":  Compile(parse(t, nil, "1.1.1.1 8.8.8.0/24", "0.0.0.0/0"), Local(guest, guest6)),
 		"deny-list":   Compile(parse(t, nil, "", "8.8.8.8"), Local(guest, netip.Addr{})),
 		"mixed":       Compile(mixed, Local()),
-		"tap":         Compile(mixed, Forwarded("tap0", guest, guest6)),
+		"tap":         Compile(mixed, Forwarded("tap0", machineMAC, machine, machine6)),
 	}
 }
 
