@@ -42,6 +42,11 @@ type Sandboxes interface {
 	Connect(ctx context.Context, id string, opts sandboxd.ConnectOptions) (sb sandboxd.Sandbox, resumed bool, err error)
 	UpdateNetwork(ctx context.Context, id string, network sandboxd.Network) error
 	Pause(ctx context.Context, id string, keepMemory bool) error
+	Snapshot(ctx context.Context, id, name string) (sandboxd.Snapshot, error)
+	Snapshots() []sandboxd.Snapshot
+	RemoveSnapshot(ctx context.Context, id string) error
+	Fork(ctx context.Context, id string, specs []sandboxd.ForkSpec) ([]sandboxd.ForkResult, error)
+	Log(ctx context.Context, id string, max int64) ([]byte, error)
 	Metrics(ctx context.Context, id string) ([]sandboxd.Metrics, error)
 	Templates() []sandboxd.Template
 	Capacity() sandboxd.Capacity

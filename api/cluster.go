@@ -141,9 +141,23 @@ func relay(w http.ResponseWriter, resp *http.Response) error {
 	return nil
 }
 
-// place lets the node with the most room create the sandbox, this one first on ties.
+// place lets the node create the sandbox that has the snapshot asked for, or else the node with the most room, this one first on ties.
 func (h *handler) place(w http.ResponseWriter, r *http.Request, body []byte, next http.Handler) error {
 	ctx := r.Context()
+	switch node, err := h.snapshotFor(ctx, body); {
+	case err != nil:
+		return err
+	case node != nil && node.ID == h.cluster.self:
+		next.ServeHTTP(w, r)
+		return nil
+	case node != nil:
+		resp, err := h.ask(ctx, node, r.Method, callOf(ctx).uri, body)
+		if err != nil {
+			return placementFailure(ctx, err)
+		}
+		h.metrics.GetOrCreateCounter("sluice_api_forwarded_total").Inc()
+		return relay(w, resp)
+	}
 	nodes, err := h.cluster.nodes.Nodes(ctx)
 	if err != nil {
 		h.log.Warn("catalogue does not answer: placing here", zap.Error(err))
@@ -255,6 +269,7 @@ func refusedForRoom(resp *http.Response) (bool, error) {
 
 // answer is what one other node said to a GET.
 type answer struct {
+	node   *routing.Node
 	header http.Header
 	body   []byte
 }
@@ -289,7 +304,7 @@ func (h *handler) askAll(ctx context.Context, uri string, use func(answer) error
 			}
 			if err != nil {
 				h.metrics.GetOrCreateCounter("sluice_api_peer_failures_total").Inc()
-				h.log.Warn("node does not answer: its sandboxes are missing from a list", zap.String("upstream", nodes[i].ID), zap.Error(err))
+				h.log.Warn("node does not answer: its part is missing from a list", zap.String("upstream", nodes[i].ID), zap.Error(err))
 				missing++
 				return
 			}
@@ -324,5 +339,5 @@ func (h *handler) askOne(ctx context.Context, node *routing.Node, uri string) (*
 	if len(body) > maxPeerBody {
 		return nil, fmt.Errorf("the answer of node %q is larger than %d bytes", node.ID, maxPeerBody)
 	}
-	return &answer{header: resp.Header, body: body}, nil
+	return &answer{node: node, header: resp.Header, body: body}, nil
 }

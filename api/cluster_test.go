@@ -88,7 +88,9 @@ func TestCallsReachTheOtherNode(t *testing.T) {
 		{"POST", "/sandboxes/bx/pause", `{}`, 204},
 		{"POST", "/sandboxes/bx/pause", `{}`, 409},
 		{"POST", "/sandboxes/bx/connect", `{"timeout": 5}`, 201},
-		{"POST", "/sandboxes/bx/snapshots", `{}`, 501},
+		{"POST", "/sandboxes/bx/snapshots", `{}`, 201},
+		{"GET", "/sandboxes/bx/logs", ``, 200},
+		{"GET", "/v2/sandboxes/bx/logs?limit=5&direction=backward", ``, 200},
 		{"DELETE", "/sandboxes/bx", ``, 204},
 		{"DELETE", "/sandboxes/bx", ``, 404}, // the route is still there, the sandbox is not
 	} {

@@ -40,7 +40,7 @@ func (h *handler) create(ctx context.Context, body *gen.NewSandbox, secured bool
 		return gen.Sandbox{}, err
 	}
 	spec.Team = callOf(ctx).principal.Team
-	release, err := h.admit(ctx, spec.Team)
+	_, release, err := h.admit(ctx, spec.Team, 1)
 	if err != nil {
 		return gen.Sandbox{}, err
 	}
@@ -57,13 +57,10 @@ func (h *handler) create(ctx context.Context, body *gen.NewSandbox, secured bool
 func (h *handler) specOf(body *gen.NewSandbox, secured bool, timeout time.Duration) (sandboxd.CreateSpec, error) {
 	var none sandboxd.CreateSpec
 	if body.Timeout != nil {
-		if *body.Timeout <= 0 {
-			return none, errs.New(errs.Invalid, "Timeout must be greater than 0")
-		}
-		if err := h.checkMaxTimeout(*body.Timeout); err != nil {
+		var err error
+		if timeout, err = h.checkTimeout(*body.Timeout); err != nil {
 			return none, err
 		}
-		timeout = time.Duration(*body.Timeout) * time.Second
 	}
 	autoResume := body.AutoResume != nil && body.AutoResume.Enabled
 	if isFalse(body.AutoPauseMemory) {
@@ -97,14 +94,31 @@ func (h *handler) specOf(body *gen.NewSandbox, secured bool, timeout time.Durati
 		AutoPauseMemory: !isFalse(body.AutoPauseMemory),
 		AutoResume:      autoResume,
 	}
-	if secured {
-		spec.Nonce = auth.NewNonce()
-		spec.EnvdToken = h.tokens.Envd(spec.Nonce)
-	}
-	if !network.AllowPublicTraffic {
-		spec.TokenHash = auth.HashToken([]byte(h.tokens.Traffic(spec.Nonce)))
-	}
+	spec.Nonce, spec.TokenHash, spec.EnvdToken = h.credentials(secured, network.AllowPublicTraffic)
 	return spec, nil
+}
+
+// credentials are those of a new sandbox: what its tokens are derived from, and what it is told of them.
+func (h *handler) credentials(secured, public bool) (nonce sandboxd.Nonce, traffic sandboxd.TokenHash, envd string) {
+	if secured {
+		nonce = auth.NewNonce()
+		envd = h.tokens.Envd(nonce)
+	}
+	if !public {
+		traffic = auth.HashToken([]byte(h.tokens.Traffic(nonce)))
+	}
+	return nonce, traffic, envd
+}
+
+// checkTimeout is for the calls whose timeout must be a time from now.
+func (h *handler) checkTimeout(seconds int64) (time.Duration, error) {
+	if seconds <= 0 {
+		return 0, errs.New(errs.Invalid, "Timeout must be greater than 0")
+	}
+	if err := h.checkMaxTimeout(seconds); err != nil {
+		return 0, err
+	}
+	return time.Duration(seconds) * time.Second, nil
 }
 
 // checkMaxTimeout compares seconds, for a large number of them does not fit a time.Duration.
@@ -194,43 +208,49 @@ func newTeams(limit int) *teams {
 	return &teams{limit: limit, pending: make(map[string]int), changed: make(chan struct{})}
 }
 
-// admit reserves one of the team's places until release. The sandboxes of other nodes are counted once, before: creates on two nodes
-// in the same instant can exceed the limit by one each, which is cheaper than a lock across the cluster.
-func (h *handler) admit(ctx context.Context, team string) (release func(), err error) {
+// admit reserves as many of the team's places as are free, at most want and at least one, until release. The sandboxes of other nodes
+// are counted once, before: creates on two nodes in the same instant can exceed the limit by one each, which is cheaper than a lock
+// across the cluster.
+func (h *handler) admit(ctx context.Context, team string, want int) (granted int, release func(), err error) {
 	t := h.teams
 	if t.limit <= 0 {
-		return func() {}, nil
+		return want, func() {}, nil
 	}
 	elsewhere, err := h.runningElsewhere(ctx)
 	if err != nil {
-		return nil, err
+		return 0, nil, err
 	}
 	for {
 		t.mu.Lock()
 		pending, changed := t.pending[team], t.changed
-		if h.runningHere(team)+elsewhere+pending < t.limit {
-			t.pending[team]++
+		if free := t.limit - h.runningHere(team) - elsewhere - pending; free > 0 {
+			granted = min(want, free)
+			t.pending[team] += granted
 			t.mu.Unlock()
-			return func() { t.release(team) }, nil
+			return granted, func() { t.release(team, granted) }, nil
 		}
 		t.mu.Unlock()
 		if pending == 0 {
-			return nil, &failure{status: http.StatusTooManyRequests, retryAfter: 5 * time.Second,
-				msg: "you have reached the maximum number of concurrent E2B sandboxes (" + strconv.Itoa(t.limit) + "). Kill some, or ask the operator for more."}
+			return 0, nil, t.full()
 		}
 		// A create that is just ending may be counted twice, as pending and as running: look again when it has ended.
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return nil, placementFailure(ctx, ctx.Err())
+			return 0, nil, placementFailure(ctx, ctx.Err())
 		}
 	}
 }
 
-func (t *teams) release(team string) {
+func (t *teams) full() error {
+	return &failure{status: http.StatusTooManyRequests, retryAfter: 5 * time.Second,
+		msg: "you have reached the maximum number of concurrent E2B sandboxes (" + strconv.Itoa(t.limit) + "). Kill some, or ask the operator for more."}
+}
+
+func (t *teams) release(team string, places int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.pending[team]--
+	t.pending[team] -= places
 	if t.pending[team] == 0 {
 		delete(t.pending, team)
 	}

@@ -77,18 +77,19 @@ func failureOf(err error) *failure {
 	return f
 }
 
+// body is the failure as clients see it.
+func (f *failure) body() gen.Error {
+	return gen.Error{Code: int32(f.status), Message: clipTo(f.msg, maxMessage), ErrorCode: optional(f.errorCode)}
+}
+
 // writeError is the one place where errors become answers. The client sees the message, the log the chain.
 func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) {
 	f := failureOf(err)
-	h.logFailure(r, f, err)
+	h.logFailure(r.Context(), f, err)
 	if rec, ok := w.(*recorder); ok && rec.status != 0 {
 		panic(http.ErrAbortHandler) // the answer has begun: a reset is the only honest end
 	}
-	body := gen.Error{Code: int32(f.status), Message: clipTo(f.msg, maxMessage)}
-	if f.errorCode != "" {
-		body.ErrorCode = &f.errorCode
-	}
-	data, jsonErr := json.Marshal(body)
+	data, jsonErr := json.Marshal(f.body())
 	if jsonErr != nil {
 		panic("BUG: encode error body: " + jsonErr.Error())
 	}
@@ -103,11 +104,11 @@ func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) 
 
 // logFailure logs what an operator should see: our faults, and parts that did not answer. What clients did wrong is counted only,
 // and so is a client that went away.
-func (h *handler) logFailure(r *http.Request, f *failure, err error) {
-	if f.status < 500 || errors.Is(r.Context().Err(), context.Canceled) {
+func (h *handler) logFailure(ctx context.Context, f *failure, err error) {
+	if f.status < 500 || errors.Is(ctx.Err(), context.Canceled) {
 		return
 	}
-	fields := []zap.Field{zap.String("operation", callOf(r.Context()).operation), zap.Int("status", f.status), zap.Error(err)}
+	fields := []zap.Field{zap.String("operation", callOf(ctx).operation), zap.Int("status", f.status), zap.Error(err)}
 	switch f.status {
 	case http.StatusInternalServerError:
 		h.log.Error("request failed", fields...)

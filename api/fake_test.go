@@ -38,18 +38,30 @@ type memory struct {
 	made     int
 	draining bool
 	onCreate func(sandboxd.CreateSpec) error // before it is made
+
+	snapshots  []sandboxd.Snapshot
+	connects   []sandboxd.ConnectOptions // of every resume
+	withMemory bool                      // of the last pause
+	onFork     func(copy int) error      // before the copy is made
+	logs       map[string]string
 }
 
 func newMemory(prefix string) *memory {
-	return &memory{prefix: prefix, max: 1000, boxes: make(map[string]sandboxd.Sandbox), specs: make(map[string]sandboxd.CreateSpec)}
+	return &memory{prefix: prefix, max: 1000, boxes: make(map[string]sandboxd.Sandbox), specs: make(map[string]sandboxd.CreateSpec),
+		logs: make(map[string]string)}
 }
 
 func (m *memory) Create(_ context.Context, spec sandboxd.CreateSpec) (sandboxd.Sandbox, error) {
 	if err := checkAddresses(spec.Network); err != nil {
 		return sandboxd.Sandbox{}, err
 	}
+	template := "tmpl" + spec.Template
 	if spec.Template != "base" && spec.Template != "code-interpreter-v1" {
-		return sandboxd.Sandbox{}, errs.New(errs.NotFound, "Template %q not found", spec.Template)
+		snapshot, ok := m.snapshot(spec.Team, spec.Template)
+		if !ok {
+			return sandboxd.Sandbox{}, errs.New(errs.NotFound, "Template %q not found", spec.Template)
+		}
+		template = snapshot.Template
 	}
 	if m.onCreate != nil {
 		if err := m.onCreate(spec); err != nil {
@@ -64,7 +76,7 @@ func (m *memory) Create(_ context.Context, spec sandboxd.CreateSpec) (sandboxd.S
 	m.made++
 	now := time.Now().UTC().Truncate(time.Millisecond)
 	sb := sandboxd.Sandbox{
-		ID: fmt.Sprintf("%s%05d", m.prefix, m.made), Generation: uint64(m.made), State: sandboxd.StateRunning, Template: "tmpl" + spec.Template,
+		ID: fmt.Sprintf("%s%05d", m.prefix, m.made), Generation: uint64(m.made), State: sandboxd.StateRunning, Template: template,
 		Alias: spec.Template, StartedAt: now, EndAt: now.Add(spec.Timeout), Timeout: spec.Timeout, CPUs: 2, MemoryMiB: 512, DiskMiB: 1024,
 		Metadata: spec.Metadata, Network: spec.Network, Team: spec.Team, Nonce: spec.Nonce, TokenHash: spec.TokenHash,
 		AutoPause: spec.AutoPause, AutoPauseMemory: spec.AutoPauseMemory, AutoResume: spec.AutoResume,
@@ -137,6 +149,9 @@ func (m *memory) Connect(ctx context.Context, id string, opts sandboxd.ConnectOp
 	resumed := false
 	err := m.edit(id, func(sb *sandboxd.Sandbox) error {
 		resumed = sb.State == sandboxd.StatePaused
+		if resumed {
+			m.connects = append(m.connects, opts)
+		}
 		sb.State = sandboxd.StateRunning
 		return nil
 	})
@@ -150,6 +165,82 @@ func (m *memory) Connect(ctx context.Context, id string, opts sandboxd.ConnectOp
 	return sb, resumed, err
 }
 
+// snapshot is the newest by this id or name.
+func (m *memory) snapshot(team, reference string) (found sandboxd.Snapshot, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.snapshots {
+		if s.Team == team && (s.ID == plainName(reference) || plainName(s.Name) == plainName(reference)) && !s.Created.Before(found.Created) {
+			found, ok = s, true
+		}
+	}
+	return found, ok
+}
+
+func (m *memory) Snapshot(_ context.Context, id, name string) (s sandboxd.Snapshot, err error) {
+	err = m.edit(id, func(sb *sandboxd.Sandbox) error {
+		if sb.State != sandboxd.StateRunning {
+			return errs.New(errs.Conflict, "Sandbox %q is paused", id)
+		}
+		m.made++
+		s = sandboxd.Snapshot{ID: fmt.Sprintf("snap%s%05d", m.prefix, m.made), Name: name, Team: sb.Team, SandboxID: id, Template: sb.Template,
+			CPUs: sb.CPUs, MemoryMiB: sb.MemoryMiB, DiskMiB: sb.DiskMiB, Created: time.Now().UTC(), Bytes: 1 << 20}
+		m.snapshots = append(m.snapshots, s)
+		return nil
+	})
+	return s, err
+}
+
+func (m *memory) Snapshots() []sandboxd.Snapshot {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.snapshots)
+}
+
+func (m *memory) RemoveSnapshot(_ context.Context, id string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	left := slices.DeleteFunc(slices.Clone(m.snapshots), func(s sandboxd.Snapshot) bool { return s.ID == id })
+	if len(left) == len(m.snapshots) {
+		return errs.New(errs.NotFound, "Snapshot %q not found", id)
+	}
+	m.snapshots = left
+	return nil
+}
+
+func (m *memory) Fork(ctx context.Context, id string, specs []sandboxd.ForkSpec) ([]sandboxd.ForkResult, error) {
+	sb, err := m.Get(id)
+	if err != nil {
+		return nil, err
+	}
+	if sb.State != sandboxd.StateRunning {
+		return nil, errs.New(errs.Conflict, "Sandbox %q is paused", id)
+	}
+	results := make([]sandboxd.ForkResult, len(specs))
+	for i, spec := range specs {
+		if m.onFork != nil {
+			if results[i].Err = m.onFork(i); results[i].Err != nil {
+				continue
+			}
+		}
+		results[i].Sandbox, results[i].Err = m.Create(ctx, sandboxd.CreateSpec{
+			Template: sb.Alias, Timeout: spec.Timeout, Team: sb.Team, Metadata: sb.Metadata, Network: sb.Network,
+			Nonce: spec.Nonce, TokenHash: spec.TokenHash, EnvdToken: spec.EnvdToken,
+		})
+	}
+	return results, nil
+}
+
+func (m *memory) Log(_ context.Context, id string, max int64) ([]byte, error) {
+	if _, err := m.Get(id); err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	text := m.logs[id]
+	return []byte(text[len(text)-min(len(text), int(max)):]), nil
+}
+
 func (m *memory) UpdateNetwork(_ context.Context, id string, network sandboxd.Network) error {
 	if err := checkAddresses(network); err != nil {
 		return err
@@ -161,11 +252,11 @@ func (m *memory) UpdateNetwork(_ context.Context, id string, network sandboxd.Ne
 }
 
 func (m *memory) Pause(_ context.Context, id string, keepMemory bool) error {
-	if !keepMemory {
-		return errs.New(errs.Invalid, "Sandbox %q cannot be paused: this machine has no snapshots", id)
-	}
 	return m.edit(id, func(sb *sandboxd.Sandbox) error {
-		sb.State = sandboxd.StatePaused
+		if sb.State == sandboxd.StatePaused {
+			return errs.New(errs.Conflict, "Sandbox %q is paused", id)
+		}
+		sb.State, m.withMemory = sandboxd.StatePaused, keepMemory
 		return nil
 	})
 }

@@ -166,7 +166,7 @@ func (h *handler) enter(next http.Handler) http.Handler {
 	})
 }
 
-// dispatch serves the call here, or lets the node serve it that has the sandbox or the room for one.
+// dispatch serves the call here, or lets the node serve it that has the sandbox, the snapshot or the room for a new one.
 func (h *handler) dispatch(w http.ResponseWriter, r *http.Request, op *operation, body []byte, next http.Handler) error {
 	alone := h.cluster.nodes == nil || callOf(r.Context()).forwarded
 	switch {
@@ -179,6 +179,14 @@ func (h *handler) dispatch(w http.ResponseWriter, r *http.Request, op *operation
 			break
 		}
 		node, err := h.locate(r.Context(), id)
+		if err != nil {
+			return err
+		}
+		if node != nil {
+			return h.forward(w, r, node, body)
+		}
+	case op.named && !alone:
+		node, err := h.locateSnapshot(r.Context(), r.PathValue("templateID"))
 		if err != nil {
 			return err
 		}

@@ -55,24 +55,28 @@ func (q *query) matches(sb sandboxd.Sandbox) bool {
 	return true
 }
 
-// page sorts items, and cuts out what follows the cursor and fits the limit.
+// page cuts out of items what follows the cursor and fits the limit.
 func (q *query) page(items []gen.ListedSandbox) (page []gen.ListedSandbox, more bool) {
-	slices.SortFunc(items, func(a, b gen.ListedSandbox) int { return q.compare(cursorOf(a), cursorOf(b)) })
-	if q.after != nil {
-		items = slices.DeleteFunc(items, func(item gen.ListedSandbox) bool { return q.compare(cursorOf(item), *q.after) <= 0 })
-	}
-	if len(items) > q.limit {
-		return slices.Clip(items[:q.limit]), true
-	}
-	return items, false
+	return cut(items, cursorOf, q.asc, q.after, q.limit)
 }
 
-func (q *query) compare(a, b cursor) int {
-	order := cmp.Or(a.at.Compare(b.at), cmp.Compare(a.id, b.id))
-	if q.asc {
-		return order
+// cut sorts items by their place in the order of all, and keeps those after the cursor, if there is one, up to the limit.
+func cut[T any](items []T, place func(T) cursor, asc bool, after *cursor, limit int) (page []T, more bool) {
+	compare := func(a, b cursor) int {
+		order := cmp.Or(a.at.Compare(b.at), cmp.Compare(a.id, b.id))
+		if asc {
+			return order
+		}
+		return -order
 	}
-	return -order
+	slices.SortFunc(items, func(a, b T) int { return compare(place(a), place(b)) })
+	if after != nil {
+		items = slices.DeleteFunc(items, func(item T) bool { return compare(place(item), *after) <= 0 })
+	}
+	if len(items) > limit {
+		return slices.Clip(items[:limit]), true
+	}
+	return items, false
 }
 
 // local applies q to the sandboxes of this node.

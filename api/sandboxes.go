@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
-	"net/http"
-	"slices"
 	"strings"
 	"time"
 
@@ -214,14 +212,25 @@ func (h *handler) PauseSandbox(ctx context.Context, req gen.PauseSandboxRequestO
 	if err != nil {
 		return nil, err
 	}
-	if sb.State == sandboxd.StatePaused { // 409 means exactly this to the SDKs
-		return nil, errs.New(errs.Conflict, "Error pausing sandbox - sandbox '%s' is already paused", sb.ID)
+	if sb.State == sandboxd.StatePaused {
+		return nil, alreadyPaused(sb.ID)
 	}
-	keepMemory := req.Body == nil || req.Body.Memory == nil || *req.Body.Memory
-	if err := h.sandboxes.Pause(ctx, sb.ID, keepMemory); err != nil {
+	keepMemory := req.Body == nil || !isFalse(req.Body.Memory)
+	err = h.sandboxes.Pause(ctx, sb.ID, keepMemory)
+	if errs.CodeOf(err) == errs.Conflict {
+		if now, getErr := h.sandboxes.Get(sb.ID); getErr == nil && now.State == sandboxd.StatePaused {
+			return nil, alreadyPaused(sb.ID) // somebody else was faster
+		}
+	}
+	if err != nil {
 		return nil, unseen(sb.ID, err)
 	}
 	return gen.PauseSandbox204Response{}, nil
+}
+
+// alreadyPaused is what SDKs take a 409 on pause for.
+func alreadyPaused(id string) error {
+	return errs.New(errs.Conflict, "Error pausing sandbox - sandbox '%s' is already paused", id)
 }
 
 // ResumeSandbox implements POST /sandboxes/{sandboxID}/resume.
@@ -233,11 +242,7 @@ func (h *handler) ResumeSandbox(ctx context.Context, req gen.ResumeSandboxReques
 	if sb.State == sandboxd.StateRunning {
 		return nil, errs.New(errs.Conflict, "Sandbox %q is already running", sb.ID)
 	}
-	var asked *int64
-	if req.Body != nil {
-		asked = req.Body.Timeout
-	}
-	sb, _, err = h.connect(ctx, sb.ID, asked, defaultLegacyTimeout)
+	sb, _, err = h.connect(ctx, sb.ID, deref(req.Body), defaultLegacyTimeout)
 	if err != nil {
 		return nil, err
 	}
@@ -246,7 +251,7 @@ func (h *handler) ResumeSandbox(ctx context.Context, req gen.ResumeSandboxReques
 
 // ConnectSandbox implements POST /sandboxes/{sandboxID}/connect.
 func (h *handler) ConnectSandbox(ctx context.Context, req gen.ConnectSandboxRequestObject) (gen.ConnectSandboxResponseObject, error) {
-	sb, resumed, err := h.connect(ctx, req.SandboxID, &req.Body.Timeout, 0)
+	sb, resumed, err := h.connect(ctx, req.SandboxID, gen.ConnectOptions{Timeout: &req.Body.Timeout, Memory: req.Body.Memory}, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -258,11 +263,7 @@ func (h *handler) ConnectSandbox(ctx context.Context, req gen.ConnectSandboxRequ
 
 // ConnectSandboxOptional implements POST /v2/sandboxes/{sandboxID}/connect.
 func (h *handler) ConnectSandboxOptional(ctx context.Context, req gen.ConnectSandboxOptionalRequestObject) (gen.ConnectSandboxOptionalResponseObject, error) {
-	var asked *int64
-	if req.Body != nil {
-		asked = req.Body.Timeout
-	}
-	sb, resumed, err := h.connect(ctx, req.SandboxID, asked, defaultTimeout)
+	sb, resumed, err := h.connect(ctx, req.SandboxID, deref(req.Body), defaultTimeout)
 	if err != nil {
 		return nil, err
 	}
@@ -272,20 +273,28 @@ func (h *handler) ConnectSandboxOptional(ctx context.Context, req gen.ConnectSan
 	return gen.ConnectSandboxOptional200JSONResponse{SandboxJSONResponse: gen.SandboxJSONResponse(h.encode(sb))}, nil
 }
 
-// connect resumes the sandbox if it is paused; a running one is only ever kept longer.
-func (h *handler) connect(ctx context.Context, rawID string, asked *int64, unasked time.Duration) (sandboxd.Sandbox, bool, error) {
+// connect resumes the sandbox if it is paused; a running one is only ever kept longer. A resumed one counts as running again, so it needs
+// one of its team's places.
+func (h *handler) connect(ctx context.Context, rawID string, asked gen.ConnectOptions, unasked time.Duration) (sandboxd.Sandbox, bool, error) {
 	sb, err := h.visible(ctx, rawID)
 	if err != nil {
 		return sb, false, err
 	}
-	timeout := unasked
-	if asked != nil {
-		if err := h.checkMaxTimeout(*asked); err != nil {
+	opts := sandboxd.ConnectOptions{Timeout: unasked, EnvdToken: deref(h.envdToken(sb)), DropMemory: isFalse(asked.Memory)}
+	if asked.Timeout != nil {
+		if err := h.checkMaxTimeout(*asked.Timeout); err != nil {
 			return sb, false, err
 		}
-		timeout = max(time.Second, time.Duration(*asked)*time.Second) // 0 asks for no more time, which is no mistake here
+		opts.Timeout = max(time.Second, time.Duration(*asked.Timeout)*time.Second) // 0 asks for no more time, which is no mistake here
 	}
-	connected, resumed, err := h.sandboxes.Connect(ctx, sb.ID, sandboxd.ConnectOptions{Timeout: timeout})
+	if sb.State == sandboxd.StatePaused {
+		_, release, err := h.admit(ctx, sb.Team, 1)
+		if err != nil {
+			return sb, false, err
+		}
+		defer release()
+	}
+	connected, resumed, err := h.sandboxes.Connect(ctx, sb.ID, opts)
 	return connected, resumed, unseen(sb.ID, err)
 }
 
@@ -385,68 +394,4 @@ func (h *handler) GetSandboxesMetrics(ctx context.Context, req gen.GetSandboxesM
 		return nil, err
 	}
 	return metrics, nil
-}
-
-// ListTemplates implements GET /templates.
-func (h *handler) ListTemplates(context.Context, gen.ListTemplatesRequestObject) (gen.ListTemplatesResponseObject, error) {
-	templates := h.sandboxes.Templates()
-	answer := make(gen.ListTemplates200JSONResponse, 0, len(templates))
-	for _, t := range templates {
-		names := append([]string{}, t.Aliases...)
-		answer = append(answer, gen.Template{
-			TemplateID:  t.ID,
-			Aliases:     names,
-			Names:       names,
-			CPUCount:    int32(t.CPUs),
-			MemoryMB:    int32(t.MemoryMiB),
-			DiskSizeMB:  int32(t.DiskMiB),
-			Public:      true,
-			BuildStatus: gen.Ready,
-			EnvdVersion: envdVersion,
-		})
-	}
-	return answer, nil
-}
-
-// DeleteTemplate implements DELETE /templates/{templateID}.
-func (h *handler) DeleteTemplate(_ context.Context, req gen.DeleteTemplateRequestObject) (gen.DeleteTemplateResponseObject, error) {
-	for _, t := range h.sandboxes.Templates() {
-		if t.ID == req.TemplateID || slices.Contains(t.Aliases, req.TemplateID) {
-			return nil, errs.New(errs.Denied, "Template %q belongs to the operator of this server and cannot be deleted", t.ID)
-		}
-	}
-	return nil, errs.New(errs.NotFound, "Template %q not found", clip(req.TemplateID))
-}
-
-// ListSnapshots implements GET /snapshots: none can have been made.
-func (h *handler) ListSnapshots(context.Context, gen.ListSnapshotsRequestObject) (gen.ListSnapshotsResponseObject, error) {
-	return gen.ListSnapshots200JSONResponse{}, nil
-}
-
-// CreateSnapshot implements POST /sandboxes/{sandboxID}/snapshots.
-func (h *handler) CreateSnapshot(ctx context.Context, req gen.CreateSnapshotRequestObject) (gen.CreateSnapshotResponseObject, error) {
-	return nil, h.unsupported(ctx, req.SandboxID, "Snapshots are not supported by this server")
-}
-
-// ForkSandbox implements POST /sandboxes/{sandboxID}/fork.
-func (h *handler) ForkSandbox(ctx context.Context, req gen.ForkSandboxRequestObject) (gen.ForkSandboxResponseObject, error) {
-	return nil, h.unsupported(ctx, req.SandboxID, "Forking sandboxes is not supported by this server")
-}
-
-// GetSandboxLogs implements GET /sandboxes/{sandboxID}/logs.
-func (h *handler) GetSandboxLogs(ctx context.Context, req gen.GetSandboxLogsRequestObject) (gen.GetSandboxLogsResponseObject, error) {
-	return nil, h.unsupported(ctx, req.SandboxID, "Logs of sandboxes are not kept by this server")
-}
-
-// GetSandboxLogsPaged implements GET /v2/sandboxes/{sandboxID}/logs.
-func (h *handler) GetSandboxLogsPaged(ctx context.Context, req gen.GetSandboxLogsPagedRequestObject) (gen.GetSandboxLogsPagedResponseObject, error) {
-	return nil, h.unsupported(ctx, req.SandboxID, "Logs of sandboxes are not kept by this server")
-}
-
-// unsupported says first whether the sandbox exists: a client that asks about a dead one shall learn that.
-func (h *handler) unsupported(ctx context.Context, rawID, msg string) error {
-	if _, err := h.visible(ctx, rawID); err != nil {
-		return err
-	}
-	return fail(http.StatusNotImplemented, "%s", msg)
 }

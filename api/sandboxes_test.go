@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -259,7 +260,6 @@ func TestRefusals(t *testing.T) {
 		{"POST", path + "/connect", `{"timeout": 7201}`, "400 Timeout cannot be greater than 2 hours"},
 		{"POST", "/v2" + path + "/connect", `{"timeout": 9223372036854775807}`, "400 Timeout cannot be greater than 2 hours"},
 		{"POST", path + "/pause", `{"memory": "no"}`, `400 validation error: request body at "/memory"`},
-		{"POST", path + "/pause", `{"memory": false}`, "400 Sandbox"},
 		{"POST", path + "/resume", ``, "409 Sandbox"},
 		{"PUT", path + "/network", ``, "400 validation error: request body"},
 		{"PUT", path + "/network", `{"allowOut": [1]}`, `400 validation error: request body at "/allowOut/0"`},
@@ -268,12 +268,27 @@ func TestRefusals(t *testing.T) {
 		{"PUT", path + "/network", `{"rules": {"a.com": [{}]}}`, "400 network.rules is not supported by this server"},
 		{"GET", path + "/metrics?start=5&end=1", "", "400 validation error: start is after end"},
 		{"GET", path + "/metrics?start=x", "", "400 validation error: "},
-		// What is not there yet.
-		{"POST", path + "/snapshots", `{"name": "x"}`, "501 Snapshots are not supported by this server"},
-		{"POST", path + "/fork", `{"count": 2}`, "501 Forking sandboxes is not supported by this server"},
-		{"GET", path + "/logs", "", "501 Logs of sandboxes are not kept by this server"},
-		{"GET", "/v2" + path + "/logs?limit=5", "", "501 Logs of sandboxes are not kept by this server"},
-		{"DELETE", "/templates/base", "", `403 Template "tmplbase" belongs to the operator`},
+		// Snapshots, copies and logs.
+		{"POST", path + "/snapshots", `{"name": 5}`, `400 validation error: request body at "/name"`},
+		{"POST", path + "/snapshots", `{"name": "` + strings.Repeat("n", 257) + `"}`, `400 validation error: request body at "/name"`},
+		{"POST", path + "/snapshots", `{"memory": false}`, "400 memory=false is not supported by this server"},
+		{"POST", path + "/snapshots", `{"name": "Base:default"}`, `400 "Base:default" is the name of a template`},
+		{"POST", path + "/fork", `{"count": 0}`, `400 validation error: request body at "/count"`},
+		{"POST", path + "/fork", `{"count": 101}`, `400 validation error: request body at "/count"`},
+		{"POST", path + "/fork", `{"timeout": 0}`, "400 Timeout must be greater than 0"},
+		{"POST", path + "/fork", `{"timeout": 7201}`, "400 Timeout cannot be greater than 2 hours"},
+		{"GET", "/snapshots?limit=0", "", "400 validation error: "},
+		{"GET", "/snapshots?limit=101", "", "400 validation error: "},
+		{"GET", "/snapshots?sandboxID=UPPER", "", "400 Invalid sandbox ID"},
+		{"GET", "/snapshots?nextToken=garbage", "", "400 Invalid next token"},
+		{"GET", "/snapshots?nextToken=" + cursor{id: "snapa", asc: true}.String(), "", "400 Invalid next token"},
+		{"GET", path + "/logs?start=-1", "", "400 validation error: "},
+		{"GET", path + "/logs?limit=-1", "", "400 validation error: "},
+		{"GET", "/v2" + path + "/logs?limit=1001", "", "400 validation error: "},
+		{"GET", "/v2" + path + "/logs?direction=up", "", "400 validation error: "},
+		{"GET", "/v2" + path + "/logs?level=loud", "", "400 validation error: "},
+		{"GET", "/v2" + path + "/logs?cursor=x", "", "400 validation error: "},
+		{"DELETE", "/templates/base", "", `403 Template "base" belongs to the operator`},
 		{"DELETE", "/templates/nope", "", `404 Template "nope" not found`},
 		// Lists.
 		{"GET", "/v2/sandboxes?limit=0", "", "400 validation error: "},
@@ -385,6 +400,7 @@ func TestAnotherTeamSeesNothing(t *testing.T) {
 	for _, test := range []struct{ method, path, body string }{
 		{"GET", path, ""}, {"DELETE", path, ""}, {"POST", path + "/timeout", `{"timeout": 0}`}, {"POST", path + "/refreshes", ""}, {"POST", path + "/pause", ""},
 		{"POST", "/v2" + path + "/connect", ""}, {"POST", path + "/resume", ""}, {"PUT", path + "/network", "{}"}, {"GET", path + "/metrics", ""},
+		{"POST", path + "/snapshots", ""}, {"POST", path + "/fork", ""}, {"GET", path + "/logs", ""}, {"GET", "/v2" + path + "/logs", ""},
 	} {
 		if got := s.call(test.method, test.path, test.body, "X-API-Key", keyB); got.StatusCode != 404 {
 			t.Errorf("%s %s by another team = %s, want 404", test.method, test.path, got.message())
@@ -433,14 +449,98 @@ func TestTransitions(t *testing.T) {
 	}
 }
 
-func TestTemplatesAndSnapshots(t *testing.T) {
+// TestPauseAndConnect has what the manager is told by each form of the two.
+func TestPauseAndConnect(t *testing.T) {
 	s := newSite(t, nil)
-	templates := mustDecode[[]gen.Template](t, s.call("GET", "/templates", ""))
-	if len(templates) != 2 || templates[0].Aliases[0] != "base" || templates[1].Names[0] != "code-interpreter-v1" {
-		t.Errorf("templates %+v", templates)
+	sb := mustDecode[gen.Sandbox](t, s.call("POST", "/v2/sandboxes", `{"templateID": "base"}`))
+	path := "/sandboxes/" + sb.SandboxID
+	for _, test := range []struct {
+		pause      string
+		keep       bool
+		path, body string
+		drop       bool
+	}{
+		{``, true, "/v2" + path + "/connect", ``, false},
+		{`{}`, true, "/v2" + path + "/connect", `{"memory": true}`, false},
+		{`{"memory": false}`, false, "/v2" + path + "/connect", `{"memory": false}`, true},
+		{`{"memory": true}`, true, path + "/connect", `{"timeout": 60, "memory": false}`, true},
+		{`{"memory": null}`, true, path + "/connect", `{"timeout": 60}`, false},
+		{`{}`, true, path + "/resume", `{"memory": false, "autoPause": true}`, true},
+		{`{}`, true, path + "/resume", ``, false},
+	} {
+		if got := s.call("POST", path+"/pause", test.pause); got.StatusCode != 204 || s.boxes.withMemory != test.keep {
+			t.Errorf("pause %s = %s with memory %v, want %v", test.pause, got.message(), s.boxes.withMemory, test.keep)
+		}
+		if detail := mustDecode[gen.SandboxDetail](t, s.call("GET", path, "")); detail.State != gen.Paused {
+			t.Errorf("after pause %s GET says %s", test.pause, detail.State)
+		}
+		if items := mustDecode[[]gen.ListedSandbox](t, s.call("GET", "/v2/sandboxes?state=paused", "")); len(items) != 1 || items[0].State != gen.Paused {
+			t.Errorf("after pause %s the list of paused ones has %+v", test.pause, items)
+		}
+		if got := s.call("POST", path+"/pause", test.pause).message(); got != "409 Error pausing sandbox - sandbox '"+sb.SandboxID+"' is already paused" {
+			t.Errorf("second pause = %s", got)
+		}
+		s.boxes.connects = nil
+		if got := s.call("POST", test.path, test.body); got.StatusCode != 201 || len(s.boxes.connects) != 1 {
+			t.Errorf("%s %s = %s", test.path, test.body, got.message())
+			continue
+		}
+		if opts := s.boxes.connects[0]; opts.DropMemory != test.drop || opts.EnvdToken != *sb.EnvdAccessToken {
+			t.Errorf("%s %s is told to the manager as %+v, want DropMemory %v and the sandbox's token", test.path, test.body, opts, test.drop)
+		}
 	}
-	if got := s.call("GET", "/snapshots", ""); strings.TrimSpace(string(got.body)) != "[]" {
-		t.Errorf("snapshots %s", got.body)
+	open := mustDecode[gen.Sandbox](t, s.call("POST", "/sandboxes", `{"templateID": "base"}`))
+	s.call("POST", "/sandboxes/"+open.SandboxID+"/pause", "")
+	s.boxes.connects = nil
+	if got := s.call("POST", "/sandboxes/"+open.SandboxID+"/connect", `{"timeout": 5}`); got.StatusCode != 201 || s.boxes.connects[0].EnvdToken != "" {
+		t.Errorf("connect to a sandbox that is not secured = %s, %+v", got.message(), s.boxes.connects)
+	}
+}
+
+// TestPauseLosesARace: between the look and the act somebody else paused it.
+func TestPauseLosesARace(t *testing.T) {
+	for _, test := range []struct {
+		state sandboxd.State
+		want  string
+	}{
+		{sandboxd.StatePaused, "409 Error pausing sandbox - sandbox 'ix' is already paused"},
+		{sandboxd.StatePausing, `409 Sandbox "ix" is being paused`},
+	} {
+		s := newSite(t, nil)
+		s.boxes.set("ix", func(sb *sandboxd.Sandbox) { sb.State, sb.Team = sandboxd.StateRunning, "team-a" })
+		s.handler.sandboxes = &racing{memory: s.boxes, state: test.state}
+		if got := s.call("POST", "/sandboxes/ix/pause", "{}").message(); got != test.want {
+			t.Errorf("pause of a sandbox that is %s meanwhile = %s, want %s", test.state, got, test.want)
+		}
+	}
+}
+
+// racing changes the state of a sandbox just before it is paused.
+type racing struct {
+	*memory
+	state sandboxd.State
+}
+
+func (r *racing) Pause(ctx context.Context, id string, keepMemory bool) error {
+	r.set(id, func(sb *sandboxd.Sandbox) { sb.State = r.state })
+	return r.memory.Pause(ctx, id, keepMemory)
+}
+
+// TestResumeTakesAPlace: a paused sandbox is none of the running ones that a team may have, and becomes one again.
+func TestResumeTakesAPlace(t *testing.T) {
+	s := newSite(t, func(o *Options) { o.TeamSandboxes = 1 })
+	sb := mustDecode[gen.Sandbox](t, s.call("POST", "/v2/sandboxes", `{"templateID": "base"}`))
+	s.call("POST", "/sandboxes/"+sb.SandboxID+"/pause", "")
+	other := mustDecode[gen.Sandbox](t, s.call("POST", "/v2/sandboxes", `{"templateID": "base"}`))
+	if got := s.call("POST", "/v2/sandboxes/"+sb.SandboxID+"/connect", ""); got.StatusCode != 429 {
+		t.Errorf("connect to a paused sandbox without a free place = %s, want 429", got.message())
+	}
+	if got := s.call("POST", "/v2/sandboxes/"+other.SandboxID+"/connect", ""); got.StatusCode != 200 {
+		t.Errorf("connect to a running sandbox without a free place = %s", got.message())
+	}
+	s.call("DELETE", "/sandboxes/"+other.SandboxID, "")
+	if got := s.call("POST", "/v2/sandboxes/"+sb.SandboxID+"/connect", ""); got.StatusCode != 201 {
+		t.Errorf("connect with a free place = %s", got.message())
 	}
 }
 

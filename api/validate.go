@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -24,11 +25,14 @@ type operation struct {
 	id      string
 	open    bool                  // needs no key
 	sandbox bool                  // is about the sandbox named in its path
+	named   bool                  // is about the template or snapshot named in its path
 	creates bool                  // makes a sandbox
-	lists   bool                  // answers with as many sandboxes as there are
+	lists   bool                  // answers with as much as there is: sandboxes, snapshots, lines of a log
 	body    *openapi3.RequestBody // nil when it takes none
 	route   *routers.Route
 }
+
+var longLists = []string{"listSandboxes", "listSandboxesPaged", "listSnapshots", "getSandboxLogs", "getSandboxLogsPaged"}
 
 // loadOperations reads the embedded openapi.yaml. The keys are the patterns under which the generated code registers.
 func loadOperations() (map[string]*operation, error) {
@@ -47,7 +51,8 @@ func loadOperations() (map[string]*operation, error) {
 				open:    spec.Security != nil && len(*spec.Security) == 0,
 				sandbox: strings.Contains(path, "{sandboxID}"),
 				creates: spec.OperationID == "createSandbox" || spec.OperationID == "createSandboxSecured",
-				lists:   spec.OperationID == "listSandboxes" || spec.OperationID == "listSandboxesPaged",
+				named:   strings.Contains(path, "{templateID}"),
+				lists:   slices.Contains(longLists, spec.OperationID),
 				route:   &routers.Route{Spec: doc, Path: path, PathItem: item, Method: method, Operation: spec},
 			}
 			if spec.RequestBody != nil {

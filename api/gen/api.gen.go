@@ -18,6 +18,30 @@ import (
 	"github.com/oapi-codegen/runtime"
 )
 
+// Defines values for LogLevel.
+const (
+	LogLevelDebug LogLevel = "debug"
+	LogLevelError LogLevel = "error"
+	LogLevelInfo  LogLevel = "info"
+	LogLevelWarn  LogLevel = "warn"
+)
+
+// Valid indicates whether the value is a known member of the LogLevel enum.
+func (e LogLevel) Valid() bool {
+	switch e {
+	case LogLevelDebug:
+		return true
+	case LogLevelError:
+		return true
+	case LogLevelInfo:
+		return true
+	case LogLevelWarn:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for SandboxLifecycleOnTimeout.
 const (
 	Kill  SandboxLifecycleOnTimeout = "kill"
@@ -87,14 +111,35 @@ func (e ListSandboxesPagedParamsOrder) Valid() bool {
 	}
 }
 
+// Defines values for GetSandboxLogsPagedParamsDirection.
+const (
+	LogsBackward GetSandboxLogsPagedParamsDirection = "backward"
+	LogsForward  GetSandboxLogsPagedParamsDirection = "forward"
+)
+
+// Valid indicates whether the value is a known member of the GetSandboxLogsPagedParamsDirection enum.
+func (e GetSandboxLogsPagedParamsDirection) Valid() bool {
+	switch e {
+	case LogsBackward:
+		return true
+	case LogsForward:
+		return true
+	default:
+		return false
+	}
+}
+
 // Addresses IPv4 and IPv6 addresses and CIDR ranges.
 type Addresses = []string
 
 // ConnectOptions defines model for ConnectOptions.
 type ConnectOptions struct {
-	AutoPause *bool  `json:"autoPause,omitempty"`
-	Memory    *bool  `json:"memory,omitempty"`
-	Timeout   *int64 `json:"timeout,omitempty"`
+	// AutoPause Ignored; what the sandbox was created with stays.
+	AutoPause *bool `json:"autoPause,omitempty"`
+
+	// Memory False boots a paused sandbox from its files, although its memory was saved. True when absent; nothing to a running sandbox.
+	Memory  *ResumeMemory `json:"memory,omitempty"`
+	Timeout *int64        `json:"timeout,omitempty"`
 }
 
 // EnvVars All names and values have together at most 131072 bytes, with two more for each variable.
@@ -108,6 +153,12 @@ type Error struct {
 	// ErrorCode Tells apart why a sandbox could not be placed.
 	ErrorCode *string `json:"error_code,omitempty"`
 	Message   string  `json:"message"`
+}
+
+// ForkResult defines model for ForkResult.
+type ForkResult struct {
+	Error   *Error   `json:"error,omitempty"`
+	Sandbox *Sandbox `json:"sandbox,omitempty"`
 }
 
 // ListedSandbox defines model for ListedSandbox.
@@ -127,6 +178,9 @@ type ListedSandbox struct {
 	State      SandboxState    `json:"state"`
 	TemplateID string          `json:"templateID"`
 }
+
+// LogLevel defines model for LogLevel.
+type LogLevel string
 
 // NewSandbox defines model for NewSandbox.
 type NewSandbox struct {
@@ -167,6 +221,9 @@ type NewSandbox struct {
 	// VolumeMounts Not supported; anything but empty is refused.
 	VolumeMounts []map[string]interface{} `json:"volumeMounts,omitempty"`
 }
+
+// ResumeMemory False boots a paused sandbox from its files, although its memory was saved. True when absent; nothing to a running sandbox.
+type ResumeMemory = bool
 
 // Sandbox defines model for Sandbox.
 type Sandbox struct {
@@ -220,6 +277,25 @@ type SandboxLifecycle struct {
 // SandboxLifecycleOnTimeout defines model for SandboxLifecycle.OnTimeout.
 type SandboxLifecycleOnTimeout string
 
+// SandboxLog defines model for SandboxLog.
+type SandboxLog struct {
+	Line      string    `json:"line"`
+	Timestamp time.Time `json:"timestamp"`
+}
+
+// SandboxLogEntry defines model for SandboxLogEntry.
+type SandboxLogEntry struct {
+	// Fields `logger` is `agent` or `console`; the others are the agent's.
+	Fields map[string]string `json:"fields"`
+	Level  LogLevel          `json:"level"`
+
+	// Message Without control characters and escape sequences.
+	Message string `json:"message"`
+
+	// Timestamp As the agent says; a line of the console has none of its own and gets that of the line before it.
+	Timestamp time.Time `json:"timestamp"`
+}
+
 // SandboxMetadata Keys have at most 256 bytes, and all of it, written as JSON, at most 16384.
 type SandboxMetadata map[string]string
 
@@ -267,6 +343,20 @@ type SandboxNetwork struct {
 // SandboxState defines model for SandboxState.
 type SandboxState string
 
+// SnapshotInfo defines model for SnapshotInfo.
+type SnapshotInfo struct {
+	CreatedAt time.Time `json:"createdAt"`
+
+	// Names Further ones.
+	Names []string `json:"names"`
+
+	// SandboxID What it is a copy of.
+	SandboxID string `json:"sandboxID"`
+
+	// SnapshotID A templateID for create.
+	SnapshotID string `json:"snapshotID"`
+}
+
 // Template defines model for Template.
 type Template struct {
 	Aliases     []string            `json:"aliases"`
@@ -306,7 +396,27 @@ type GetSandboxesMetricsParams struct {
 
 // ConnectSandboxJSONBody defines parameters for ConnectSandbox.
 type ConnectSandboxJSONBody struct {
-	Timeout int64 `json:"timeout"`
+	// Memory False boots a paused sandbox from its files, although its memory was saved. True when absent; nothing to a running sandbox.
+	Memory  *ResumeMemory `json:"memory,omitempty"`
+	Timeout int64         `json:"timeout"`
+}
+
+// ForkSandboxJSONBody defines parameters for ForkSandbox.
+type ForkSandboxJSONBody struct {
+	// Count How many; 1 when absent.
+	Count *int32 `json:"count,omitempty"`
+
+	// Timeout Seconds until each copy ends; 15 when absent.
+	Timeout *int64 `json:"timeout,omitempty"`
+}
+
+// GetSandboxLogsParams defines parameters for GetSandboxLogs.
+type GetSandboxLogsParams struct {
+	// Start Unix milliseconds; earlier lines are left out.
+	Start *int64 `form:"start,omitempty" json:"start,omitempty"`
+
+	// Limit How many lines at most; never more than 1000.
+	Limit *int32 `form:"limit,omitempty" json:"limit,omitempty"`
 }
 
 // GetSandboxMetricsParams defines parameters for GetSandboxMetrics.
@@ -346,10 +456,32 @@ type RefreshSandboxJSONBody struct {
 	Duration *int32 `json:"duration,omitempty"`
 }
 
+// CreateSnapshotJSONBody defines parameters for CreateSnapshot.
+type CreateSnapshotJSONBody struct {
+	// Memory False is not supported.
+	Memory *bool `json:"memory,omitempty"`
+
+	// Name `[namespace/]alias[:tag]`, to create by besides the id. Of several snapshots with one name the newest counts.
+	Name *string `json:"name,omitempty"`
+}
+
 // SetSandboxTimeoutJSONBody defines parameters for SetSandboxTimeout.
 type SetSandboxTimeoutJSONBody struct {
 	// Timeout Seconds. Less than zero counts as zero, which ends the sandbox now; more than the longest life as that.
 	Timeout int64 `json:"timeout"`
+}
+
+// ListSnapshotsParams defines parameters for ListSnapshots.
+type ListSnapshotsParams struct {
+	// SandboxID Only those of this sandbox.
+	SandboxID *string `form:"sandboxID,omitempty" json:"sandboxID,omitempty"`
+
+	// Name Only those with this name or id.
+	Name  *string `form:"name,omitempty" json:"name,omitempty"`
+	Limit *int32  `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// NextToken The X-Next-Token of the page before.
+	NextToken *string `form:"nextToken,omitempty" json:"nextToken,omitempty"`
 }
 
 // ListSandboxesPagedParams defines parameters for ListSandboxesPaged.
@@ -375,11 +507,33 @@ type ListSandboxesPagedParams struct {
 // ListSandboxesPagedParamsOrder defines parameters for ListSandboxesPaged.
 type ListSandboxesPagedParamsOrder string
 
+// GetSandboxLogsPagedParams defines parameters for GetSandboxLogsPaged.
+type GetSandboxLogsPagedParams struct {
+	// Cursor Unix milliseconds; lines before it, or with `backward` after it, are left out.
+	Cursor *int64 `form:"cursor,omitempty" json:"cursor,omitempty"`
+	Limit  *int32 `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Direction `forward`, oldest first, when absent; `backward` is newest first.
+	Direction *GetSandboxLogsPagedParamsDirection `form:"direction,omitempty" json:"direction,omitempty"`
+
+	// Level Lower levels are left out.
+	Level *LogLevel `form:"level,omitempty" json:"level,omitempty"`
+
+	// Search Lines whose message lacks this text are left out; upper and lower case differ.
+	Search *string `form:"search,omitempty" json:"search,omitempty"`
+}
+
+// GetSandboxLogsPagedParamsDirection defines parameters for GetSandboxLogsPaged.
+type GetSandboxLogsPagedParamsDirection string
+
 // CreateSandboxJSONRequestBody defines body for CreateSandbox for application/json ContentType.
 type CreateSandboxJSONRequestBody = NewSandbox
 
 // ConnectSandboxJSONRequestBody defines body for ConnectSandbox for application/json ContentType.
 type ConnectSandboxJSONRequestBody ConnectSandboxJSONBody
+
+// ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
+type ForkSandboxJSONRequestBody ForkSandboxJSONBody
 
 // UpdateSandboxNetworkJSONRequestBody defines body for UpdateSandboxNetwork for application/json ContentType.
 type UpdateSandboxNetworkJSONRequestBody UpdateSandboxNetworkJSONBody
@@ -394,6 +548,9 @@ type RefreshSandboxJSONRequestBody RefreshSandboxJSONBody
 //
 // Deprecated: this type has been marked as deprecated upstream, but no `x-deprecated-reason` was set
 type ResumeSandboxJSONRequestBody = ConnectOptions
+
+// CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
+type CreateSnapshotJSONRequestBody CreateSnapshotJSONBody
 
 // SetSandboxTimeoutJSONRequestBody defines body for SetSandboxTimeout for application/json ContentType.
 type SetSandboxTimeoutJSONRequestBody SetSandboxTimeoutJSONBody
@@ -427,12 +584,14 @@ type ServerInterface interface {
 	// ConnectSandbox Resume the sandbox if it is paused, and keep it for at least that many seconds
 	// (POST /sandboxes/{sandboxID}/connect)
 	ConnectSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// ForkSandbox Not supported yet
+	// ForkSandbox Create copies of a running sandbox, which goes on after a moment
 	// (POST /sandboxes/{sandboxID}/fork)
 	ForkSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// GetSandboxLogs Not supported; this server keeps no logs of sandboxes
+	// GetSandboxLogs What the console and the agent of a sandbox have said; use /v2/sandboxes/{sandboxID}/logs
 	// (GET /sandboxes/{sandboxID}/logs)
-	GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	//
+	// Deprecated: this operation has been marked as deprecated upstream, but no `x-deprecated-reason` was set
+	GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxLogsParams)
 	// GetSandboxMetrics The samples of what a sandbox uses
 	// (GET /sandboxes/{sandboxID}/metrics)
 	GetSandboxMetrics(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxMetricsParams)
@@ -450,19 +609,19 @@ type ServerInterface interface {
 	//
 	// Deprecated: this operation has been marked as deprecated upstream, but no `x-deprecated-reason` was set
 	ResumeSandbox(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// CreateSnapshot Not supported yet
+	// CreateSnapshot Copy a running sandbox, memory and files, into something that sandboxes can be created from; it goes on after a moment
 	// (POST /sandboxes/{sandboxID}/snapshots)
 	CreateSnapshot(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
 	// SetSandboxTimeout End the sandbox that many seconds from now, sooner or later than before
 	// (POST /sandboxes/{sandboxID}/timeout)
 	SetSandboxTimeout(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// ListSnapshots List the snapshots; there are none, for this server cannot make them yet
+	// ListSnapshots List the snapshots, newest first, page by page
 	// (GET /snapshots)
-	ListSnapshots(w http.ResponseWriter, r *http.Request)
+	ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams)
 	// ListTemplates What sandboxes can be made from
 	// (GET /templates)
 	ListTemplates(w http.ResponseWriter, r *http.Request)
-	// DeleteTemplate Refused; templates belong to the server's operator
+	// DeleteTemplate Delete a snapshot, by its id or name; templates belong to the server's operator and are refused
 	// (DELETE /templates/{templateID})
 	DeleteTemplate(w http.ResponseWriter, r *http.Request, templateID string)
 	// ListSandboxesPaged List running and paused sandboxes, page by page
@@ -474,9 +633,9 @@ type ServerInterface interface {
 	// ConnectSandboxOptional The same; timeout 300 s unless given
 	// (POST /v2/sandboxes/{sandboxID}/connect)
 	ConnectSandboxOptional(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
-	// GetSandboxLogsPaged Not supported; this server keeps no logs of sandboxes
+	// GetSandboxLogsPaged What the console and the agent of a sandbox have said, as far as it is kept
 	// (GET /v2/sandboxes/{sandboxID}/logs)
-	GetSandboxLogsPaged(w http.ResponseWriter, r *http.Request, sandboxID SandboxID)
+	GetSandboxLogsPaged(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxLogsPagedParams)
 }
 
 // ServerInterfaceWrapper converts contexts to parameters.
@@ -701,8 +860,37 @@ func (siw *ServerInterfaceWrapper) GetSandboxLogs(w http.ResponseWriter, r *http
 		return
 	}
 
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetSandboxLogsParams
+
+	// ------------- Optional query parameter "start" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "start", r.URL.Query(), &params.Start, runtime.BindQueryParameterOptions{Type: "integer", Format: "int64"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "start"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "start", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: "int32"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.GetSandboxLogs(w, r, sandboxID)
+		siw.Handler.GetSandboxLogs(w, r, sandboxID, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -926,8 +1114,66 @@ func (siw *ServerInterfaceWrapper) SetSandboxTimeout(w http.ResponseWriter, r *h
 // ListSnapshots operation middleware
 func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
 
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListSnapshotsParams
+
+	// ------------- Optional query parameter "sandboxID" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "sandboxID", r.URL.Query(), &params.SandboxID, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "sandboxID"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "sandboxID", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "name" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "name", r.URL.Query(), &params.Name, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "name"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: "int32"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "nextToken" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "nextToken", r.URL.Query(), &params.NextToken, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "nextToken"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "nextToken", Err: err})
+		}
+		return
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.ListSnapshots(w, r)
+		siw.Handler.ListSnapshots(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1143,8 +1389,76 @@ func (siw *ServerInterfaceWrapper) GetSandboxLogsPaged(w http.ResponseWriter, r 
 		return
 	}
 
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetSandboxLogsPagedParams
+
+	// ------------- Optional query parameter "cursor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "cursor", r.URL.Query(), &params.Cursor, runtime.BindQueryParameterOptions{Type: "integer", Format: "int64"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "cursor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "cursor", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: "int32"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "direction" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "direction", r.URL.Query(), &params.Direction, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "direction"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "direction", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "level" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "level", r.URL.Query(), &params.Level, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "level"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "level", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "search" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "search", r.URL.Query(), &params.Search, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "search"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "search", Err: err})
+		}
+		return
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.GetSandboxLogsPaged(w, r, sandboxID)
+		siw.Handler.GetSandboxLogsPaged(w, r, sandboxID, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1588,10 +1902,25 @@ func (response ConnectSandboxdefaultJSONResponse) VisitConnectSandboxResponse(w 
 
 type ForkSandboxRequestObject struct {
 	SandboxID SandboxID `json:"sandboxID"`
+	Body      *ForkSandboxJSONRequestBody
 }
 
 type ForkSandboxResponseObject interface {
 	VisitForkSandboxResponse(w http.ResponseWriter) error
+}
+
+type ForkSandbox201JSONResponse []ForkResult
+
+func (response ForkSandbox201JSONResponse) VisitForkSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
 }
 
 type ForkSandboxdefaultJSONResponse struct {
@@ -1613,10 +1942,28 @@ func (response ForkSandboxdefaultJSONResponse) VisitForkSandboxResponse(w http.R
 
 type GetSandboxLogsRequestObject struct {
 	SandboxID SandboxID `json:"sandboxID"`
+	Params    GetSandboxLogsParams
 }
 
 type GetSandboxLogsResponseObject interface {
 	VisitGetSandboxLogsResponse(w http.ResponseWriter) error
+}
+
+type GetSandboxLogs200JSONResponse struct {
+	LogEntries []SandboxLogEntry `json:"logEntries"`
+	Logs       []SandboxLog      `json:"logs"`
+}
+
+func (response GetSandboxLogs200JSONResponse) VisitGetSandboxLogsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
 }
 
 type GetSandboxLogsdefaultJSONResponse struct {
@@ -1820,10 +2167,25 @@ func (response ResumeSandboxdefaultJSONResponse) VisitResumeSandboxResponse(w ht
 
 type CreateSnapshotRequestObject struct {
 	SandboxID SandboxID `json:"sandboxID"`
+	Body      *CreateSnapshotJSONRequestBody
 }
 
 type CreateSnapshotResponseObject interface {
 	VisitCreateSnapshotResponse(w http.ResponseWriter) error
+}
+
+type CreateSnapshot201JSONResponse SnapshotInfo
+
+func (response CreateSnapshot201JSONResponse) VisitCreateSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
 }
 
 type CreateSnapshotdefaultJSONResponse struct {
@@ -1878,21 +2240,36 @@ func (response SetSandboxTimeoutdefaultJSONResponse) VisitSetSandboxTimeoutRespo
 }
 
 type ListSnapshotsRequestObject struct {
+	Params ListSnapshotsParams
 }
 
 type ListSnapshotsResponseObject interface {
 	VisitListSnapshotsResponse(w http.ResponseWriter) error
 }
 
-type ListSnapshots200JSONResponse []map[string]interface{}
+type ListSnapshots200ResponseHeaders struct {
+	SluiceIncomplete *int
+	XNextToken       *string
+}
+
+type ListSnapshots200JSONResponse struct {
+	Body    []SnapshotInfo
+	Headers ListSnapshots200ResponseHeaders
+}
 
 func (response ListSnapshots200JSONResponse) VisitListSnapshotsResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
-	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json")
+	if response.Headers.SluiceIncomplete != nil {
+		w.Header().Set("Sluice-Incomplete", fmt.Sprint(*response.Headers.SluiceIncomplete))
+	}
+	if response.Headers.XNextToken != nil {
+		w.Header().Set("X-Next-Token", fmt.Sprint(*response.Headers.XNextToken))
+	}
 	w.WriteHeader(200)
 	_, err := buf.WriteTo(w)
 	return err
@@ -1959,6 +2336,14 @@ type DeleteTemplateRequestObject struct {
 
 type DeleteTemplateResponseObject interface {
 	VisitDeleteTemplateResponse(w http.ResponseWriter) error
+}
+
+type DeleteTemplate204Response struct {
+}
+
+func (response DeleteTemplate204Response) VisitDeleteTemplateResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
 }
 
 type DeleteTemplatedefaultJSONResponse struct {
@@ -2130,10 +2515,27 @@ func (response ConnectSandboxOptionaldefaultJSONResponse) VisitConnectSandboxOpt
 
 type GetSandboxLogsPagedRequestObject struct {
 	SandboxID SandboxID `json:"sandboxID"`
+	Params    GetSandboxLogsPagedParams
 }
 
 type GetSandboxLogsPagedResponseObject interface {
 	VisitGetSandboxLogsPagedResponse(w http.ResponseWriter) error
+}
+
+type GetSandboxLogsPaged200JSONResponse struct {
+	Logs []SandboxLogEntry `json:"logs"`
+}
+
+func (response GetSandboxLogsPaged200JSONResponse) VisitGetSandboxLogsPagedResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
 }
 
 type GetSandboxLogsPageddefaultJSONResponse struct {
@@ -2176,11 +2578,13 @@ type StrictServerInterface interface {
 	// ConnectSandbox Resume the sandbox if it is paused, and keep it for at least that many seconds
 	// (POST /sandboxes/{sandboxID}/connect)
 	ConnectSandbox(ctx context.Context, request ConnectSandboxRequestObject) (ConnectSandboxResponseObject, error)
-	// ForkSandbox Not supported yet
+	// ForkSandbox Create copies of a running sandbox, which goes on after a moment
 	// (POST /sandboxes/{sandboxID}/fork)
 	ForkSandbox(ctx context.Context, request ForkSandboxRequestObject) (ForkSandboxResponseObject, error)
-	// GetSandboxLogs Not supported; this server keeps no logs of sandboxes
+	// GetSandboxLogs What the console and the agent of a sandbox have said; use /v2/sandboxes/{sandboxID}/logs
 	// (GET /sandboxes/{sandboxID}/logs)
+	//
+	// Deprecated: this operation has been marked as deprecated upstream, but no `x-deprecated-reason` was set
 	GetSandboxLogs(ctx context.Context, request GetSandboxLogsRequestObject) (GetSandboxLogsResponseObject, error)
 	// GetSandboxMetrics The samples of what a sandbox uses
 	// (GET /sandboxes/{sandboxID}/metrics)
@@ -2199,19 +2603,19 @@ type StrictServerInterface interface {
 	//
 	// Deprecated: this operation has been marked as deprecated upstream, but no `x-deprecated-reason` was set
 	ResumeSandbox(ctx context.Context, request ResumeSandboxRequestObject) (ResumeSandboxResponseObject, error)
-	// CreateSnapshot Not supported yet
+	// CreateSnapshot Copy a running sandbox, memory and files, into something that sandboxes can be created from; it goes on after a moment
 	// (POST /sandboxes/{sandboxID}/snapshots)
 	CreateSnapshot(ctx context.Context, request CreateSnapshotRequestObject) (CreateSnapshotResponseObject, error)
 	// SetSandboxTimeout End the sandbox that many seconds from now, sooner or later than before
 	// (POST /sandboxes/{sandboxID}/timeout)
 	SetSandboxTimeout(ctx context.Context, request SetSandboxTimeoutRequestObject) (SetSandboxTimeoutResponseObject, error)
-	// ListSnapshots List the snapshots; there are none, for this server cannot make them yet
+	// ListSnapshots List the snapshots, newest first, page by page
 	// (GET /snapshots)
 	ListSnapshots(ctx context.Context, request ListSnapshotsRequestObject) (ListSnapshotsResponseObject, error)
 	// ListTemplates What sandboxes can be made from
 	// (GET /templates)
 	ListTemplates(ctx context.Context, request ListTemplatesRequestObject) (ListTemplatesResponseObject, error)
-	// DeleteTemplate Refused; templates belong to the server's operator
+	// DeleteTemplate Delete a snapshot, by its id or name; templates belong to the server's operator and are refused
 	// (DELETE /templates/{templateID})
 	DeleteTemplate(ctx context.Context, request DeleteTemplateRequestObject) (DeleteTemplateResponseObject, error)
 	// ListSandboxesPaged List running and paused sandboxes, page by page
@@ -2223,7 +2627,7 @@ type StrictServerInterface interface {
 	// ConnectSandboxOptional The same; timeout 300 s unless given
 	// (POST /v2/sandboxes/{sandboxID}/connect)
 	ConnectSandboxOptional(ctx context.Context, request ConnectSandboxOptionalRequestObject) (ConnectSandboxOptionalResponseObject, error)
-	// GetSandboxLogsPaged Not supported; this server keeps no logs of sandboxes
+	// GetSandboxLogsPaged What the console and the agent of a sandbox have said, as far as it is kept
 	// (GET /v2/sandboxes/{sandboxID}/logs)
 	GetSandboxLogsPaged(ctx context.Context, request GetSandboxLogsPagedRequestObject) (GetSandboxLogsPagedResponseObject, error)
 }
@@ -2465,6 +2869,16 @@ func (sh *strictHandler) ForkSandbox(w http.ResponseWriter, r *http.Request, san
 
 	request.SandboxID = sandboxID
 
+	var body ForkSandboxJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		if !errors.Is(err, io.EOF) {
+			sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+			return
+		}
+	} else {
+		request.Body = &body
+	}
+
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.ForkSandbox(ctx, request.(ForkSandboxRequestObject))
 	}
@@ -2486,10 +2900,11 @@ func (sh *strictHandler) ForkSandbox(w http.ResponseWriter, r *http.Request, san
 }
 
 // GetSandboxLogs operation middleware
-func (sh *strictHandler) GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+func (sh *strictHandler) GetSandboxLogs(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxLogsParams) {
 	var request GetSandboxLogsRequestObject
 
 	request.SandboxID = sandboxID
+	request.Params = params
 
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.GetSandboxLogs(ctx, request.(GetSandboxLogsRequestObject))
@@ -2685,6 +3100,16 @@ func (sh *strictHandler) CreateSnapshot(w http.ResponseWriter, r *http.Request, 
 
 	request.SandboxID = sandboxID
 
+	var body CreateSnapshotJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		if !errors.Is(err, io.EOF) {
+			sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+			return
+		}
+	} else {
+		request.Body = &body
+	}
+
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.CreateSnapshot(ctx, request.(CreateSnapshotRequestObject))
 	}
@@ -2739,8 +3164,10 @@ func (sh *strictHandler) SetSandboxTimeout(w http.ResponseWriter, r *http.Reques
 }
 
 // ListSnapshots operation middleware
-func (sh *strictHandler) ListSnapshots(w http.ResponseWriter, r *http.Request) {
+func (sh *strictHandler) ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams) {
 	var request ListSnapshotsRequestObject
+
+	request.Params = params
 
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.ListSnapshots(ctx, request.(ListSnapshotsRequestObject))
@@ -2906,10 +3333,11 @@ func (sh *strictHandler) ConnectSandboxOptional(w http.ResponseWriter, r *http.R
 }
 
 // GetSandboxLogsPaged operation middleware
-func (sh *strictHandler) GetSandboxLogsPaged(w http.ResponseWriter, r *http.Request, sandboxID SandboxID) {
+func (sh *strictHandler) GetSandboxLogsPaged(w http.ResponseWriter, r *http.Request, sandboxID SandboxID, params GetSandboxLogsPagedParams) {
 	var request GetSandboxLogsPagedRequestObject
 
 	request.SandboxID = sandboxID
+	request.Params = params
 
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.GetSandboxLogsPaged(ctx, request.(GetSandboxLogsPagedRequestObject))
