@@ -26,6 +26,7 @@ import (
 
 	"github.com/sluice-edge/sluice/sandboxd/namespace"
 	"github.com/sluice-edge/sluice/sandboxd/netdev"
+	"github.com/sluice-edge/sluice/sandboxd/vmm/vmmtest"
 )
 
 // The tests here run the real machine. A process of its own, in a network namespace of its own, is the node; each crash is another
@@ -41,6 +42,7 @@ const (
 
 func TestMain(m *testing.M) {
 	namespace.MaybeInit()
+	vmmtest.Main(new(fakeAgent).guest()) // when it is the hypervisor of a test
 	if os.Getenv(envCrash) != "" {
 		if err := crashingOrchestrator(); err != nil {
 			fmt.Fprintln(os.Stderr, err)

@@ -41,7 +41,7 @@ type Manifest struct {
 	Name    string    `json:"name"` // without tag
 	Tag     string    `json:"tag"`
 	Aliases []string  `json:"aliases,omitempty"` // further names, without tag
-	Build   string    `json:"build"` // of this build alone: 32 random hex digits
+	Build   string    `json:"build"`             // of this build alone: 32 random hex digits
 	Created time.Time `json:"created"`
 
 	Source       string `json:"source"` // as it was named

@@ -1,0 +1,397 @@
+package sandboxd
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap/zaptest"
+
+	"github.com/sluice-edge/sluice/guest"
+	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/sandboxd/egress"
+	"github.com/sluice-edge/sluice/sandboxd/image"
+	"github.com/sluice-edge/sluice/sandboxd/netdev"
+	"github.com/sluice-edge/sluice/sandboxd/vmm/vmmtest"
+)
+
+// TestVMMachine is the machine of production with the fake hypervisor: real networks, rules, processes, disks and snapshots, and a guest
+// that is a function.
+func TestVMMachine(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	h := newVMHost(t)
+	t.Run("Machine", func(t *testing.T) {
+		m := h.machine(t)
+		dir := h.dir(t, "isuite")
+		testMachine(t, rooted{m, h.template}, dir)
+		h.wantClean(t, m)
+	})
+	t.Run("Suspender", func(t *testing.T) { h.testSuspender(t, "next", "write", "read") })
+	t.Run("Warm", h.testWarm)
+	t.Run("Torn", h.testTorn)
+}
+
+// rooted gives every place that names no root this one.
+type rooted struct {
+	*VMMachine
+	root string
+}
+
+func (r rooted) Start(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Instance, error) {
+	p.Root = r.root
+	instance, err := r.VMMachine.Start(ctx, p, fence, reached)
+	if err != nil {
+		return nil, err
+	}
+	return cardless{instance.(*vmSandbox)}, nil
+}
+
+// cardless is a VM that has nobody behind its network card: its ports are reached through the agent.
+type cardless struct{ *vmSandbox }
+
+func (c cardless) DialPort(ctx context.Context, port uint16) (net.Conn, error) {
+	return c.guest.DialPort(ctx, port)
+}
+
+// vmHost is where VM machines are tested: a template, not baked, and a store.
+type vmHost struct {
+	hypervisor string
+	state      string
+	template   string
+	store      *image.Store
+}
+
+func newVMHost(t *testing.T) *vmHost {
+	t.Helper()
+	state, err := os.MkdirTemp("", "slvm-") // short, for the sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(state) })
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &vmHost{hypervisor: self, state: state, template: filepath.Join(state, "template")}
+	if h.store, err = image.OpenStore(filepath.Join(state, "templates")); err != nil {
+		t.Fatal(err)
+	}
+	h.writeTemplate(t, h.template)
+	return h
+}
+
+// writeTemplate makes what the fake boots from.
+func (h *vmHost) writeTemplate(t *testing.T, dir string) {
+	t.Helper()
+	err := errors.Join(
+		os.Mkdir(dir, 0o755),
+		vmmtest.WriteKernel(filepath.Join(dir, vmKernelName), vmmtest.Faults{}),
+		os.WriteFile(filepath.Join(dir, vmInitramfsName), nil, 0o644),
+		os.WriteFile(filepath.Join(dir, vmRootName), make([]byte, 4096), 0o644),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (h *vmHost) machine(t *testing.T) *VMMachine {
+	t.Helper()
+	m, err := NewVMMachine(t.Context(), VMOptions{
+		Hypervisor: h.hypervisor, Templates: h.store, StateDir: h.state, Network: netdev.Config{NamePrefix: "slvt"}, Log: zaptest.NewLogger(t),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// dir is a directory of places with one in it.
+func (h *vmHost) dir(t *testing.T, id string) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(h.state, "s")
+	if err == nil {
+		err = os.Mkdir(filepath.Join(dir, id), 0o711)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// wantClean looks for what a machine that was closed may have left.
+func (h *vmHost) wantClean(t *testing.T, m *VMMachine) {
+	t.Helper()
+	for _, base := range m.cgroups.Base {
+		left, err := filepath.Glob(filepath.Join(base, cgroupPrefix+m.opts.Network.NamePrefix+"-*"))
+		if err != nil || len(left) > 0 {
+			t.Errorf("cgroups are left: %v, %v", left, err)
+		}
+	}
+	if left, err := os.ReadDir(filepath.Join(h.state, "layers")); len(left) > 0 {
+		t.Errorf("writable layers are left: %v, %v", left, err)
+	}
+	if left, err := filepath.Glob("/run/netns/" + m.opts.Network.NamePrefix + "-*"); err != nil || len(left) > 0 {
+		t.Errorf("network namespaces are left: %v, %v", left, err)
+	}
+}
+
+func ask(t *testing.T, i Instance, command string) string {
+	t.Helper()
+	result, err := i.(*vmSandbox).guest.Exec(t.Context(), guest.ExecRequest{Cmd: command})
+	if err != nil || result.ExitCode != 0 {
+		t.Fatalf("exec %q = %+v, %v", command, result, err)
+	}
+	return strings.TrimSpace(result.Output)
+}
+
+func agentState(t *testing.T, i Instance) (state fakeAgentState) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(ask(t, i, "state")), &state); err != nil {
+		t.Fatal(err)
+	}
+	return state
+}
+
+// testSuspender is what the manager relies on of a machine that can save its sandboxes. next is a command that counts in memory and
+// prints the count; write takes a word to the disk, and read prints it.
+func (h *vmHost) testSuspender(t *testing.T, next, write, read string) {
+	ctx := t.Context()
+	m := h.machine(t)
+	must := mustOf(t)
+	must("setup", m.Setup(ctx))
+	steps := []Step{}
+	reached := func(s Step) { steps = append(steps, s) }
+	place := Place{ID: "isaved", Dir: filepath.Join(h.dir(t, "isaved"), "isaved"), Slot: 3, Root: h.template, CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
+	again := place
+	again.Slot = 5
+	if _, err := m.Saved(place); errs.CodeOf(err) != errs.NotFound {
+		t.Errorf("Saved of nothing = %v, want NotFound", err)
+	}
+	must("prepare", m.Prepare(ctx, 3))
+	instance, err := m.Start(ctx, place, egress.Policy{}, reached)
+	must("start", err)
+	must("init", instance.Init(ctx, guest.InitRequest{EnvVars: map[string]string{"A": "1"}, MergeEnv: true}))
+	ask(t, instance, next)
+	ask(t, instance, write+" before")
+
+	// With memory, in another slot: it goes on where it was.
+	must("suspend", m.Suspend(ctx, place, instance, true, reached))
+	<-instance.Done()
+	must("destroy", m.Destroy(ctx, place, reached))
+	saved, err := m.Saved(place)
+	if err != nil || !saved.Memory || saved.Bytes <= 0 || saved.Bytes > 100<<20 {
+		t.Errorf("Saved() = %+v, %v, want memory, sparse", saved, err)
+	}
+	resumed, err := m.Resume(ctx, again, egress.Policy{}, reached)
+	must("resume", err)
+	if !resumed.Memory() {
+		t.Error("resumed without memory")
+	}
+	// It has not run: whoever dies here leaves it paused.
+	must("destroy before it runs", m.Destroy(ctx, again, reached))
+	if saved, err := m.Saved(place); err != nil || !saved.Memory {
+		t.Fatalf("Saved() after a resume that came to nothing = %+v, %v, want memory", saved, err)
+	}
+	resumed, err = m.Resume(ctx, again, egress.Policy{}, reached)
+	must("resume again", err)
+	handle := resumed.Handle()
+	must("release", resumed.Release())
+	adopted, err := m.Adopt(ctx, again, handle)
+	must("adopt what stands still", err)
+	resumed = adopted.(Suspended)
+	must("continue", resumed.Continue(ctx, guest.ResumeRequest{Timestamp: time.Now()}))
+	must("continue again", resumed.Continue(ctx, guest.ResumeRequest{Timestamp: time.Now()}))
+	if got := ask(t, resumed, next); got != "2" {
+		t.Errorf("count after resume = %s, want 2", got)
+	}
+	if got := ask(t, resumed, read); got != "before" {
+		t.Errorf("disk after resume = %q, want before", got)
+	}
+	if _, err := m.Saved(again); errs.CodeOf(err) != errs.NotFound {
+		t.Errorf("Saved of a running sandbox = %v, want NotFound", err)
+	}
+	ask(t, resumed, write+" after")
+
+	// Without memory: it boots from its disk.
+	must("suspend without memory", m.Suspend(ctx, again, resumed, false, reached))
+	must("destroy", m.Destroy(ctx, again, reached))
+	if saved, err := m.Saved(place); err != nil || saved.Memory {
+		t.Errorf("Saved() = %+v, %v, want a disk alone", saved, err)
+	}
+	if log, err := m.Log(place, 4096); err != nil || !strings.Contains(string(log), "READY") {
+		t.Errorf("Log of a paused sandbox = %q, %v, want what it said while it ran", log, err)
+	}
+	resumed, err = m.Resume(ctx, place, egress.Policy{}, reached)
+	must("resume without memory", err)
+	if resumed.Memory() {
+		t.Error("resumed with memory that was not saved")
+	}
+	if got := ask(t, resumed, read); got != "after" {
+		t.Errorf("disk after boot = %q, want after", got)
+	}
+	if got := ask(t, resumed, next); got != "1" {
+		t.Errorf("count after boot = %s, want 1", got)
+	}
+
+	// A snapshot, and two that are made from it.
+	dir := h.dir(t, "root")
+	root := filepath.Join(dir, "root")
+	must("snapshot", m.Snapshot(ctx, place, resumed, root))
+	if got := ask(t, resumed, next); got != "2" {
+		t.Errorf("count of the original after its snapshot = %s, want 2", got)
+	}
+	made := map[*Place]Instance{}
+	for slot, id := range map[int]string{7: "ione", 8: "itwo"} {
+		p := &Place{ID: id, Dir: filepath.Join(h.dir(t, id), id), Slot: slot, Root: root, CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
+		instance, err := m.Start(ctx, *p, egress.Policy{}, reached)
+		must("start from snapshot", err)
+		must("init", instance.Init(ctx, guest.InitRequest{MergeEnv: true}))
+		if got := ask(t, instance, next); got != "2" {
+			t.Errorf("count of %s = %s, want 2", id, got)
+		}
+		if got := ask(t, instance, read); got != "after" {
+			t.Errorf("disk of %s = %q, want after", id, got)
+		}
+		ask(t, instance, write+" "+id)
+		made[p] = instance
+	}
+	for p, instance := range made {
+		if got := ask(t, instance, read); got != p.ID {
+			t.Errorf("disk of %s = %q in the end, want its own", p.ID, got)
+		}
+		must("destroy", m.Destroy(ctx, *p, reached))
+	}
+	must("destroy", m.Destroy(ctx, place, reached))
+	must("close", m.Close(ctx))
+	h.wantClean(t, m)
+}
+
+func mustOf(t *testing.T) func(what string, err error) {
+	return func(what string, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+}
+
+// testWarm bakes a template and makes sandboxes of it.
+func (h *vmHost) testWarm(t *testing.T) {
+	ctx := t.Context()
+	must := mustOf(t)
+	root := filepath.Join(h.state, "baked")
+	h.writeTemplate(t, root)
+	manifest := image.Manifest{
+		Version: 1, Name: "baked", Tag: "default", Build: "b", CPUs: 1, MemoryMiB: 128, DiskMiB: 64, StartCmd: "next", ReadyCmd: "write baked",
+		Config: image.Config{Env: []string{"IMAGE=yes", "A=image"}},
+	}
+	m := h.machine(t)
+	var said []string
+	must("bake", m.Bake(ctx, root, &manifest, func(s string) { said = append(said, s) }))
+	if len(said) < 3 || len(manifest.More) != 1 {
+		t.Errorf("Bake said %q and added %+v", said, manifest.More)
+	}
+	h.wantClean(t, m)
+	text, err := json.Marshal(manifest)
+	must("encode manifest", err)
+	must("write manifest", os.WriteFile(filepath.Join(root, "manifest.json"), text, 0o644))
+
+	m = h.machine(t)
+	must("setup", m.Setup(ctx))
+	defer func() {
+		must("close", m.Close(context.WithoutCancel(ctx)))
+		h.wantClean(t, m)
+	}()
+	start := func(id string, slot int) (Place, Instance) {
+		p := Place{ID: id, Dir: filepath.Join(h.dir(t, id), id), Slot: slot, Root: root, CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
+		must("prepare", m.Prepare(ctx, slot))
+		instance, err := m.Start(ctx, p, egress.Policy{}, func(Step) {})
+		must("start", err)
+		must("init", instance.Init(ctx, guest.InitRequest{EnvVars: map[string]string{"A": id}, MergeEnv: true}))
+		return p, instance
+	}
+	macs := map[string]bool{}
+	for slot, id := range []string{"ia", "ib", "ic"} {
+		p, instance := start(id, slot)
+		state := agentState(t, instance)
+		if state.Count != 1 || state.Inits != 1 || state.Env["IMAGE"] != "yes" || state.Env["A"] != id {
+			t.Errorf("guest of %s after init: %+v, want the start command's count, the image's environment and the caller's over it", id, state)
+		}
+		if macs[state.MAC] || state.MAC == "" {
+			t.Errorf("hardware address %q of %s is not its own", state.MAC, id)
+		}
+		macs[state.MAC] = true
+		if got := ask(t, instance, "read"); got != "baked" {
+			t.Errorf("disk of %s = %q, want baked", id, got)
+		}
+		ask(t, instance, "write "+id)
+		must("destroy", m.Destroy(ctx, p, func(Step) {}))
+	}
+	if got := m.stats.restores.Get(); got != 3 {
+		t.Errorf("%d restores, want 3", got)
+	}
+	if got := m.layers.made.Get(); got != 1 {
+		t.Errorf("%d writable layers were made while a create waited, want 1: the first", got)
+	}
+
+	// Made elsewhere: it boots, and its start command runs anew.
+	m.cpu = "another"
+	p, instance := start("id", 4)
+	if state := agentState(t, instance); state.Count != 1 || m.stats.coldBoots.Get() != 1 {
+		t.Errorf("guest after a cold boot: %+v, %d cold boots, want the start command's count", state, m.stats.coldBoots.Get())
+	}
+	must("destroy", m.Destroy(ctx, p, func(Step) {}))
+}
+
+// testTorn damages what was saved: it is refused in words, and the disk is kept.
+func (h *vmHost) testTorn(t *testing.T) {
+	ctx := t.Context()
+	must := mustOf(t)
+	m := h.machine(t)
+	must("setup", m.Setup(ctx))
+	ignore := func(Step) {}
+	place := Place{ID: "itorn", Dir: filepath.Join(h.dir(t, "itorn"), "itorn"), Slot: 1, Root: h.template, CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
+	instance, err := m.Start(ctx, place, egress.Policy{}, ignore)
+	must("start", err)
+	must("init", instance.Init(ctx, guest.InitRequest{MergeEnv: true}))
+	ask(t, instance, "write kept")
+	must("suspend", m.Suspend(ctx, place, instance, true, ignore))
+	must("destroy", m.Destroy(ctx, place, ignore))
+	memory := filepath.Join(place.Dir, vmSavedName, "memory-ranges")
+	whole, err := os.ReadFile(memory)
+	must("read memory", err)
+	for what, damage := range map[string]func() error{
+		"truncated": func() error { return os.Truncate(memory, 4096) },
+		"rotten":    func() error { return os.WriteFile(memory, append([]byte("rot"), whole[3:]...), 0o600) },
+		"missing":   func() error { return os.Remove(memory) },
+	} {
+		must("chmod", os.Chmod(memory, 0o644))
+		must("damage", damage())
+		m.mu.Lock()
+		clear(m.verified) // as after a restart
+		m.mu.Unlock()
+		_, err := m.Resume(ctx, place, egress.Policy{}, ignore)
+		if errs.CodeOf(err) != errs.Unavailable || !strings.Contains(err.Error(), "disk is kept") {
+			t.Errorf("Resume of %s memory = %v, want one that says that the disk is kept", what, err)
+		}
+		must("destroy", m.Destroy(ctx, place, ignore))
+		must("repair", os.WriteFile(memory, whole, 0o644))
+	}
+	must("drop memory", m.DropMemory(place))
+	resumed, err := m.Resume(ctx, place, egress.Policy{}, ignore)
+	must("resume without memory", err)
+	if got := ask(t, resumed, "read"); got != "kept" || resumed.Memory() {
+		t.Errorf("disk = %q, memory %v, want kept and none", got, resumed.Memory())
+	}
+	must("destroy", m.Destroy(ctx, place, ignore))
+	must("close", m.Close(ctx))
+	h.wantClean(t, m)
+}
