@@ -16,12 +16,18 @@ import (
 // that nothing can take them up again, and tells the programs that hold their sockets, which would otherwise wait for data.
 func (r Ruleset) cut(ns int) error {
 	return inNetNS(ns, func() error {
-		protos, err := r.cutConntrack()
-		if r.tap != "" {
-			return err // the sockets are in the machine
-		}
+		flows, err := r.cutConntrack()
 		failed := []error{err}
-		for _, proto := range protos {
+		if r.tap != "" { // the sockets are in the machine
+			if err := r.tell(flows); err != nil {
+				failed = append(failed, fmt.Errorf("tell the machine: %w", err))
+			}
+			return errors.Join(failed...)
+		}
+		for _, proto := range []byte{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+			if !slices.ContainsFunc(flows, func(f *netlink.ConntrackFlow) bool { return f.Forward.Protocol == proto }) {
+				continue
+			}
 			// A socket for IPv6 may hold a flow of IPv4.
 			for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 				if err := r.cutSockets(family, proto); err != nil {
@@ -33,9 +39,9 @@ func (r Ruleset) cut(ns int) error {
 	})
 }
 
-// cutConntrack deletes the tracked flows that the rules forbid, and returns which of TCP and UDP were among them. Looking is what
-// costs, because the kernel walks a table for the whole machine: so it looks once for both families, and again only to delete.
-func (r Ruleset) cutConntrack() (protos []byte, err error) {
+// cutConntrack deletes the tracked flows that the rules forbid, and returns them. Looking is what costs, because the kernel walks a table
+// for the whole machine: so it looks once for both families, and again only to delete.
+func (r Ruleset) cutConntrack() (cut []*netlink.ConntrackFlow, err error) {
 	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink: %w", err)
@@ -45,26 +51,18 @@ func (r Ruleset) cutConntrack() (protos []byte, err error) {
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // interrupted: flows came and went while we looked
 		return nil, fmt.Errorf("list tracked flows: %w", err)
 	}
+	cut = slices.DeleteFunc(flows, func(flow *netlink.ConntrackFlow) bool { return !forbidden(r).MatchConntrackFlow(flow) })
 	var failed []error
-	cut := map[uint8]bool{}
-	for _, flow := range flows {
-		proto := flow.Forward.Protocol
-		if !forbidden(r).MatchConntrackFlow(flow) {
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		if !slices.ContainsFunc(cut, func(f *netlink.ConntrackFlow) bool { return f.FamilyType == family }) {
 			continue
 		}
-		if (proto == unix.IPPROTO_TCP || proto == unix.IPPROTO_UDP) && !slices.Contains(protos, proto) {
-			protos = append(protos, proto)
-		}
-		if cut[flow.FamilyType] {
-			continue
-		}
-		cut[flow.FamilyType] = true
-		_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(flow.FamilyType), forbidden(r))
+		_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(family), forbidden(r))
 		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 			failed = append(failed, fmt.Errorf("delete tracked flows: %w", err))
 		}
 	}
-	return protos, errors.Join(failed...)
+	return cut, errors.Join(failed...)
 }
 
 // forbidden picks the tracked flows that a ruleset forbids.

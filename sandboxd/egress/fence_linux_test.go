@@ -371,42 +371,49 @@ func TestUpdateCuts(t *testing.T) {
 	for _, peer := range []string{"8.8.8.8", google6} {
 		t.Run(peer, func(t *testing.T) {
 			w := &world{T: t, lab: w.lab, network: w.network}
-			w.fence(slot, nil, "", "")
-			at := func(port uint16) string { return netip.AddrPortFrom(netip.MustParseAddr(peer), port).String() }
-			read := io.Discard.(io.ReaderFrom).ReadFrom
-			download := w.transfer(slot.NetNS, "tcp", at(lab.PortStream), read)
-			upload := w.transfer(slot.NetNS, "tcp", at(lab.PortSink), nil)
-			stream := w.transfer(slot.NetNS, "udp", at(lab.PortStream), read)
-			pour := w.transfer(slot.NetNS, "udp", at(lab.PortSink), nil)
-			other := w.transfer(slot.NetNS, "tcp", fmt.Sprintf("1.1.1.1:%d", lab.PortStream), read)
-			flows := []*flow{download, upload, stream, pour}
-			for _, f := range append(flows, other) {
-				f.mustMove(t)
-			}
-
-			start := time.Now()
-			w.fence(slot, nil, "", peer)
-			for _, f := range flows {
-				f.mustEnd(t, start)
-			}
-			still := w.lab.Sunk()
-			other.mustMove(t)
-			if now := w.lab.Sunk(); now != still {
-				t.Errorf("the sink swallowed %d bytes after the cut", now-still)
-			}
-			if got := w.reach(slot.NetNS, "tcp", netip.MustParseAddr(peer)); got != "refused" {
-				t.Errorf("a new connection is %s, want refused", got)
-			}
-			w.fence(slot, nil, "", "")
-			if got := w.reach(slot.NetNS, "tcp", netip.MustParseAddr(peer)); got != "open" {
-				t.Errorf("after allowing it again it is %s", got)
-			}
-			other.mustMove(t)
+			w.mustCut(slot.NetNS, peer, func(deny string) { w.fence(slot, nil, "", deny) })
 		})
 	}
 	if counters := w.counters(slot); counters.Denied == 0 || counters.Reserved != 0 || counters.Spoofed != 0 {
 		t.Errorf("counted %+v", counters)
 	}
+}
+
+// mustCut has flows to a peer from inside a namespace, denies it, and allows it again.
+func (w *world) mustCut(netns, peer string, fence func(deny string)) {
+	w.Helper()
+	fence("")
+	at := func(port uint16) string { return netip.AddrPortFrom(netip.MustParseAddr(peer), port).String() }
+	read := io.Discard.(io.ReaderFrom).ReadFrom
+	download := w.transfer(netns, "tcp", at(lab.PortStream), read)
+	upload := w.transfer(netns, "tcp", at(lab.PortSink), nil)
+	idle := w.transfer(netns, "tcp", at(lab.PortSink), func(r io.Reader) (int64, error) { return io.Copy(io.Discard, r) })
+	stream := w.transfer(netns, "udp", at(lab.PortStream), read)
+	pour := w.transfer(netns, "udp", at(lab.PortSink), nil)
+	other := w.transfer(netns, "tcp", fmt.Sprintf("1.1.1.1:%d", lab.PortStream), read)
+	flows := []*flow{download, upload, stream, pour}
+	for _, f := range append(flows, other) {
+		f.mustMove(w.T)
+	}
+
+	start := time.Now()
+	fence(peer)
+	for _, f := range append(flows, idle) {
+		f.mustEnd(w.T, start)
+	}
+	still := w.lab.Sunk()
+	other.mustMove(w.T)
+	if now := w.lab.Sunk(); now != still {
+		w.Errorf("the sink swallowed %d bytes after the cut", now-still)
+	}
+	if got := w.reach(netns, "tcp", netip.MustParseAddr(peer)); got != "refused" {
+		w.Errorf("a new connection is %s, want refused", got)
+	}
+	fence("")
+	if got := w.reach(netns, "tcp", netip.MustParseAddr(peer)); got != "open" {
+		w.Errorf("after allowing it again it is %s", got)
+	}
+	other.mustMove(w.T)
 }
 
 // flow is a transfer in progress, and how far it is.

@@ -56,7 +56,8 @@ func valid(addrs []netip.Addr) (list []netip.Addr) {
 
 // Ruleset is a compiled policy: a value, complete, that can be printed, compared by its text, and applied.
 type Ruleset struct {
-	tap                     string // as in Placement
+	tap                     string           // as in Placement
+	mac                     net.HardwareAddr // as well
 	own                     *netipx.IPSet
 	reserved, allowed, deny *netipx.IPSet
 	tables                  []table
@@ -165,6 +166,7 @@ func Compile(p Policy, where Placement) Ruleset {
 	}
 	r := Ruleset{
 		tap:      where.tap,
+		mac:      where.mac,
 		own:      setOf(singles(where.guest)),
 		reserved: setOf(append(Reserved(), p.Protected...)),
 		allowed:  setOf(p.Allow),
@@ -241,6 +243,7 @@ func (r Ruleset) packets(p Policy, where Placement) table {
 			{state("established"), accept},
 			{state("related"), accept},
 			{icmp6("nd-neighbor-solicit"), accept},
+			{state("invalid"), count(reasonStale), gotoChain("refuse")},
 			{count(reasonReserved), gotoChain("refuse")},
 		}},
 		chain{name: "forward", hook: "forward", rules: []rule{

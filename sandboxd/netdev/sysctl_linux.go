@@ -18,11 +18,12 @@ type sysctl struct {
 	optional    bool // absent on some kernels, and nothing is lost without it
 }
 
-// guestSysctls are set inside, before eth0 exists. With a tap the namespace is a router, and tells the machine nothing of its own accord.
+// guestSysctls are set inside, before eth0 exists. With a tap the namespace is a router, and all that it tells the machine is what was
+// refused.
 func guestSysctls(ipv6, tap bool) []sysctl {
-	forward := "0"
+	forward, errorInterval := "0", "1000"
 	if tap {
-		forward = "1"
+		forward, errorInterval = "1", "0" // every refusal is told, and what they cost is bounded by icmp_msgs_per_sec
 	}
 	settings := []sysctl{
 		// A new namespace inherits the host's IPv4 settings, and a node forwards. First, because it resets others.
@@ -36,6 +37,7 @@ func guestSysctls(ipv6, tap bool) []sysctl {
 		{path: "ipv4/conf/default/rp_filter", value: "1"},
 		{path: "ipv4/conf/all/send_redirects", value: "0"},
 		{path: "ipv4/conf/default/send_redirects", value: "0"},
+		{path: "ipv4/icmp_ratelimit", value: errorInterval},
 		{path: "ipv4/conf/default/arp_ignore", value: "1"}, // asked at one device it does not speak for another
 	}
 	if !ipv6 {
@@ -43,6 +45,7 @@ func guestSysctls(ipv6, tap bool) []sysctl {
 	}
 	return append(settings,
 		sysctl{path: "ipv6/conf/all/forwarding", value: forward}, // first as well
+		sysctl{path: "ipv6/icmp/ratelimit", value: errorInterval},
 		sysctl{path: "ipv6/conf/all/disable_ipv6", value: "0"},
 		sysctl{path: "ipv6/conf/default/disable_ipv6", value: "0"},
 		sysctl{path: "ipv6/conf/default/accept_ra", value: "0"},
