@@ -272,6 +272,7 @@ func TestFindings(t *testing.T) {
 	show("kvm makes no VM", false, func(h *hostView) {
 		h.kvmAPI = func() (int, error) { return 0, fmt.Errorf("make a VM: %w", unix.EBUSY) }
 	})
+	show("kvm saves no processor", false, func(h *hostView) { h.kvmAPI = func() (int, error) { return 0, errNoSave } })
 	show("no tun", false, device("/dev/net/tun", unix.ENOENT))
 	show("old kernel", true, func(h *hostView) { h.landlock, h.userfault = 2, false })
 	golden(t, "findings", text.String())

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
@@ -138,6 +139,8 @@ func findings(h hostView) (list []Finding) {
 		remedy = "let this process open it: in a container, pass --device /dev/kvm"
 	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
 		remedy = "the device has no driver behind it: load kvm-intel or kvm-amd, which need virtualization switched on in the firmware"
+	case errors.Is(err, errNoSave):
+		remedy = "use a host whose /dev/kvm is Linux's own (kvm-intel or kvm-amd)"
 	}
 	add("/dev/kvm", true, err, detail, remedy)
 
@@ -175,9 +178,13 @@ func openDevice(path string, major uint32) error {
 	return nil
 }
 
-// kvmAPI asks the driver for its version, and for a VM: a device whose processor cannot run guests fails only at the latter.
+// errNoSave is about drivers that stand in for the kernel's own, as some hosts of containers have them: their guests can run, but not be saved.
+var errNoSave = errors.New("it cannot save a processor, so there are no snapshots")
+
+// kvmAPI asks the driver for its version, and for a VM: a device whose processor cannot run guests fails only at the latter. What a
+// hypervisor saves of a processor it asks for by name.
 func kvmAPI() (int, error) {
-	const getAPIVersion, createVM = 0xae00, 0xae01
+	const getAPIVersion, createVM, checkExtension, nestedState = 0xae00, 0xae01, 0xae03, 157
 	fd, err := unix.Open("/dev/kvm", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return 0, err
@@ -191,7 +198,13 @@ func kvmAPI() (int, error) {
 	if errno != 0 {
 		return 0, fmt.Errorf("make a VM: %w", errno)
 	}
-	return int(version), unix.Close(int(vm))
+	if err := unix.Close(int(vm)); err != nil {
+		return 0, err
+	}
+	if size, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), checkExtension, nestedState); runtime.GOARCH == "amd64" && (errno != 0 || size == 0) {
+		return 0, errNoSave
+	}
+	return int(version), nil
 }
 
 // landlockWanted is the version that the hypervisor insists on.
