@@ -69,7 +69,7 @@ type vmHost struct {
 	store      *image.Store
 }
 
-func newVMHost(t testing.TB) *vmHost {
+func newVMHost(t *testing.T) *vmHost {
 	t.Helper()
 	state, err := os.MkdirTemp("", "slvm-") // short, for the sockets
 	if err != nil {
@@ -89,7 +89,7 @@ func newVMHost(t testing.TB) *vmHost {
 }
 
 // writeTemplate makes what the fake boots from.
-func (h *vmHost) writeTemplate(t testing.TB, dir string) {
+func (h *vmHost) writeTemplate(t *testing.T, dir string) {
 	t.Helper()
 	err := errors.Join(
 		os.Mkdir(dir, 0o755),
@@ -102,7 +102,7 @@ func (h *vmHost) writeTemplate(t testing.TB, dir string) {
 	}
 }
 
-func (h *vmHost) machine(t testing.TB) *VMMachine {
+func (h *vmHost) machine(t *testing.T) *VMMachine {
 	t.Helper()
 	m, err := NewVMMachine(t.Context(), VMOptions{
 		Hypervisor: h.hypervisor, Templates: h.store, StateDir: h.state, Network: netdev.Config{NamePrefix: "slvt"}, Log: zaptest.NewLogger(t),
@@ -114,7 +114,7 @@ func (h *vmHost) machine(t testing.TB) *VMMachine {
 }
 
 // dir is a directory of places with one in it.
-func (h *vmHost) dir(t testing.TB, id string) string {
+func (h *vmHost) dir(t *testing.T, id string) string {
 	t.Helper()
 	dir, err := os.MkdirTemp(h.state, "s")
 	if err == nil {

@@ -53,12 +53,18 @@ func serve(ctx context.Context, args []string) error {
 		return err
 	}
 	defer client.Close()
-	machine, limitations, err := daemon.OpenMachine(cfg.Machine, cfg.StateDir, log)
+	machine, err := daemon.OpenMachine(ctx, cfg.Machine, cfg.StateDir, log, counters)
 	if err != nil {
 		return err
 	}
-	for _, l := range limitations {
+	log.Info("machine chosen", zap.String("machine", machine.Kind), zap.String("why", machine.Why))
+	for _, l := range machine.Limitations {
 		log.Warn("machine is limited on this host", zap.String("limitation", l))
+	}
+	if machine.Kind == daemon.MachineVM && cfg.Machine.DefaultTemplate != "" {
+		if err := daemon.MakeDefaultTemplate(ctx, cfg.Machine, cfg.StateDir, log, nil); err != nil {
+			return err
+		}
 	}
 	linkLn, err := daemon.Listen("-link-listen", cfg.LinkListen)
 	if err != nil {
@@ -78,7 +84,7 @@ func serve(ctx context.Context, args []string) error {
 		Store:         routing.NewRedisStore(client, routing.RedisOptions{Log: log.Named("routing"), Metrics: counters}),
 		Keys:          auth.NewRedisKeys(client),
 		ClusterKey:    clusterKey,
-		Machine:       machine,
+		Machine:       machine.Machine,
 		StateDir:      cfg.StateDir,
 		Link:          linkLn,
 		LinkAddr:      cfg.LinkAdvertise,
@@ -96,7 +102,7 @@ func serve(ctx context.Context, args []string) error {
 	var group run.Group
 	group.Add("debug listener", func(ctx context.Context) error { return debug.Serve(ctx, debugLn) })
 	group.Add("node", node.Run)
-	log.Info("node started", zap.String("version", version), zap.String("node", cfg.NodeID), zap.String("machine", machine.Name()))
+	log.Info("node started", zap.String("version", version), zap.String("node", cfg.NodeID), zap.String("machine", machine.Kind))
 	defer log.Info("node stopped")
 	return group.Run(ctx)
 }

@@ -18,6 +18,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/sluice-edge/sluice/internal/config"
+	"github.com/sluice-edge/sluice/internal/daemon"
 	"github.com/sluice-edge/sluice/internal/devstack"
 	"github.com/sluice-edge/sluice/loadtest"
 )
@@ -44,7 +45,13 @@ func parseBenchConfig(args []string, getenv func(string) string) (*benchConfig, 
 	fs.Var(&c.only, "scenario", "`scenarios` to run: get, token, mask, websocket (default all)")
 	fs.StringVar(&c.serve, "serve", "", "be the backend on this `address` and nothing else")
 	c.stack.Machine.Flags(fs)
-	return &c, config.Parse(fs, args, getenv, os.Stdout)
+	if err := config.Parse(fs, args, getenv, os.Stdout); err != nil {
+		return nil, err
+	}
+	if c.stack.Machine.Kind == daemon.MachineAuto {
+		c.stack.Machine.Kind = daemon.MachineNamespace // the edge is measured: a process outside against one that shares its kernel
+	}
+	return &c, nil
 }
 
 // wants says whether a scenario was asked for.

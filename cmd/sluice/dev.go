@@ -82,7 +82,13 @@ func runDev(ctx context.Context, args []string) error {
 		debug := &obs.Debug{Metrics: counters}
 		group.Add("debug listener", func(ctx context.Context) error { return debug.Serve(ctx, ln) })
 	}
+	shown := newProgress(os.Stderr, "base")
+	cfg.stack.Progress = shown.report
 	stack, err := devstack.New(ctx, cfg.stack)
+	shown.end()
+	if ctx.Err() != nil {
+		return nil // Ctrl-C before it was ready
+	}
 	if err != nil {
 		return err
 	}
@@ -104,6 +110,7 @@ func greet(out io.Writer, s *devstack.Stack, domain string) {
 	url := "http://" + s.HTTPAddr.String()
 	var b strings.Builder
 	fmt.Fprintf(&b, "# Sluice %s is ready. Ctrl-C stops it and removes every sandbox.\n", version)
+	fmt.Fprintf(&b, "# %s\n", oneLine(s.Machine))
 	for _, l := range s.Limitations {
 		fmt.Fprintf(&b, "# note: %s\n", l)
 	}
@@ -114,6 +121,9 @@ func greet(out io.Writer, s *devstack.Stack, domain string) {
 	fmt.Fprintf(&b, "\n# Try it:\ncurl -s -X POST %s/v2/sandboxes -H \"X-API-Key: $E2B_API_KEY\" -H 'Content-Type: application/json' -d '{\"templateID\":\"base\"}'\n\n", url)
 	_, _ = io.WriteString(out, b.String()) // a closed terminal is no reason to stop
 }
+
+// oneLine keeps a comment a comment.
+func oneLine(text string) string { return strings.ReplaceAll(text, "\n", " ") }
 
 // shellQuote makes one word of a path.
 func shellQuote(path string) string {

@@ -18,6 +18,7 @@ func TestGreetingCanBePasted(t *testing.T) {
 		Domain:      "sluice.localhost:8443",
 		APIKey:      "e2b_" + strings.Repeat("0", 40),
 		CAFile:      "/home/me/a dir/ca.pem",
+		Machine:     "sandboxes are namespaces, because\nof something",
 		Limitations: []string{"something is not limited"},
 	}, "sluice.localhost")
 	for line := range strings.Lines(out.String()) {
@@ -29,6 +30,7 @@ func TestGreetingCanBePasted(t *testing.T) {
 	for _, want := range []string{
 		"export E2B_API_KEY=e2b_", "export E2B_API_URL=http://127.0.0.1:8080\n", "export E2B_SANDBOX_URL=http://127.0.0.1:8080\n",
 		"export E2B_DOMAIN=sluice.localhost:8443\n", "NODE_EXTRA_CA_CERTS='/home/me/a dir/ca.pem'\n", "# note: something is not limited\n",
+		"# sandboxes are namespaces, because of something\n",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the greeting lacks %q:\n%s", want, out.String())

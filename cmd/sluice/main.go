@@ -1,5 +1,6 @@
-// Command sluice is for people: `sluice dev` runs the whole system on one machine, `sluice key` makes API keys, and
-// `sluice bench` measures the edge against the backend behind it.
+// Command sluice is for people: `sluice dev` runs the whole system on one machine, `sluice template` makes what sandboxes are made
+// from, `sluice doctor` says what a machine lacks, `sluice key` makes API keys, and `sluice bench` measures the edge against the backend
+// behind it.
 package main
 
 import (
@@ -25,6 +26,8 @@ type command struct {
 
 var commands = []command{
 	{"dev", "run edge, node and store in one process on this machine", runDev},
+	{"template", "build, list and remove what sandboxes are made from", runTemplate},
+	{"doctor", "say what this machine lacks, and what to do about it", runDoctor},
 	{"key", "create, list and remove API keys", runKey},
 	{"bench", "load the edge and the backend behind it alike, and print both", runBench},
 	{"version", "print the version", func(context.Context, []string) error { fmt.Println(version); return nil }},

@@ -22,6 +22,7 @@ import (
 	"github.com/sluice-edge/sluice/internal/daemon"
 	"github.com/sluice-edge/sluice/internal/run"
 	"github.com/sluice-edge/sluice/routing"
+	"github.com/sluice-edge/sluice/sandboxd/image"
 )
 
 // Options say where the system listens and lives.
@@ -34,6 +35,8 @@ type Options struct {
 	Machine      daemon.MachineOptions
 	MaxSandboxes int
 
+	Progress func(image.Step) // of the default template, when it has to be made; nil means silence
+
 	Log     *zap.Logger
 	Metrics *metrics.Set
 }
@@ -44,13 +47,15 @@ type Stack struct {
 	Domain              string // as SDKs use it: with the port of the https listener unless that is 443
 	APIKey              string // the same in every run with this state directory
 	CAFile              string
+	Machine             string   // what sandboxes are, and why, for people
 	Limitations         []string // what this host cannot enforce, for people
 
 	group run.Group
 	node  *daemon.Node
 }
 
-// New builds the system bottom-up. Its listeners are open when it returns; nothing is served before Run.
+// New builds the system bottom-up. Its listeners are open when it returns; nothing is served before Run. Where sandboxes are virtual
+// machines and there is no default template yet, it makes that, which takes minutes.
 func New(ctx context.Context, opts Options) (_ *Stack, err error) {
 	if _, err := routing.NewHosts(opts.Domain); err != nil {
 		return nil, fmt.Errorf("-domain: %w", err)
@@ -113,18 +118,23 @@ func New(ctx context.Context, opts Options) (_ *Stack, err error) {
 	if s.APIKey, err = apiKey(ctx, filepath.Join(opts.StateDir, "api.key"), keys); err != nil {
 		return nil, err
 	}
-	machine, limitations, err := daemon.OpenMachine(opts.Machine, opts.StateDir, opts.Log)
+	machine, err := daemon.OpenMachine(ctx, opts.Machine, opts.StateDir, opts.Log, opts.Metrics)
 	if err != nil {
 		return nil, err
 	}
-	s.Limitations = limitations
+	s.Machine, s.Limitations = machine.Why, machine.Limitations
+	if machine.Kind == daemon.MachineVM {
+		if err := daemon.MakeDefaultTemplate(ctx, opts.Machine, opts.StateDir, opts.Log, opts.Progress); err != nil {
+			return nil, err
+		}
+	}
 	s.node, err = daemon.NewNode(daemon.NodeOptions{
 		ID:           "dev",
 		Domain:       s.Domain,
 		Store:        store,
 		Keys:         keys,
 		ClusterKey:   clusterKey,
-		Machine:      machine,
+		Machine:      machine.Machine,
 		StateDir:     opts.StateDir,
 		API:          apiLn,
 		APIAddr:      apiLn.Addr().String(),

@@ -47,7 +47,7 @@ func newSystem(t *testing.T) *system {
 
 func (s *system) start(prepare func(*lab.Cmd), program string, extra ...string) {
 	s.t.Helper()
-	args := append([]string{"dev", "-state-dir", s.state, "-network-name", s.lab.Prefix(), "-log-level", "info"}, extra...)
+	args := append([]string{"dev", "-machine", "namespace", "-state-dir", s.state, "-network-name", s.lab.Prefix(), "-log-level", "info"}, extra...)
 	s.dev = s.lab.Host.Daemon(s.t, prepare, program, args...)
 	s.dev.Await(s.t, "the API key", lab.Value(&s.key, "export E2B_API_KEY="))
 	s.http.CloseIdleConnections() // of an earlier life

@@ -38,6 +38,7 @@ func TestCluster(t *testing.T) {
 		addr := fmt.Sprintf("127.0.1.%d", i)
 		l.Host.Daemon(t, nil, testkit.Program(t, "orchestrator"), append([]string{
 			"-node-id", fmt.Sprintf("node-%d", i),
+			"-machine", "namespace",
 			"-state-dir", filepath.Join(dir, fmt.Sprintf("node-%d", i)),
 			"-link-listen", addr + ":5007", "-link-advertise", addr + ":5007",
 			"-api-listen", addr + ":5008", "-api-advertise", addr + ":5008",

@@ -1,0 +1,237 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/sluice-edge/sluice/internal/config"
+	"github.com/sluice-edge/sluice/internal/daemon"
+	"github.com/sluice-edge/sluice/internal/obs"
+	"github.com/sluice-edge/sluice/sandboxd/image"
+)
+
+// runTemplate is `sluice template build|ls|rm`. Templates are files of a node: the commands work on its state directory, whether it
+// runs or not.
+func runTemplate(ctx context.Context, args []string) error {
+	const verbs = "build, ls or rm"
+	if len(args) == 0 {
+		return fmt.Errorf("template: say what to do: %s", verbs)
+	}
+	verb, args := args[0], args[1:]
+	switch verb {
+	case "build":
+		return runTemplateBuild(ctx, args, os.Stdout, os.Stderr)
+	case "ls":
+		return runTemplateList(args, os.Stdout)
+	case "rm":
+		return runTemplateRemove(args, os.Stdout)
+	case "-h", "-help", "--help":
+		fmt.Printf("usage: sluice template VERB [NAME] [flags]   (VERB is %s; sluice template VERB -h lists the flags)\n", verbs)
+		return config.ErrHelp
+	}
+	return fmt.Errorf("template: no verb %q, want %s", verb, verbs)
+}
+
+// nameFirst takes the template's name off the front of the arguments.
+func nameFirst(args []string) (name string, rest []string) {
+	if len(args) == 0 || strings.HasPrefix(args[0], "-") {
+		return "", args
+	}
+	return args[0], args[1:]
+}
+
+// parseNamed reads a name and flags.
+func parseNamed(fs *flag.FlagSet, args []string) (name string, err error) {
+	name, rest := nameFirst(args)
+	if err := config.Parse(fs, rest, os.Getenv, os.Stdout); err != nil {
+		return "", err
+	}
+	if name == "" {
+		return "", fmt.Errorf("%s: the name of the template is missing: it comes first", fs.Name())
+	}
+	if _, err := image.ParseName(name); err != nil {
+		return "", err
+	}
+	return name, nil
+}
+
+func stateDirFlag(fs *flag.FlagSet) *string {
+	return fs.String("state-dir", defaultStateDir(os.Getenv), "`directory` of the node that is to have it; the orchestrator's is /var/lib/sluice")
+}
+
+// environment is a flag that may be repeated, KEY=value each time.
+type environment map[string]string
+
+// String implements flag.Value.
+func (e environment) String() string { return "" }
+
+// Set implements flag.Value.
+func (e environment) Set(text string) error {
+	key, value, ok := strings.Cut(text, "=")
+	if !ok || key == "" {
+		return errors.New("want KEY=value")
+	}
+	e[key] = value
+	return nil
+}
+
+// templateBuild is what `sluice template build` can be told.
+type templateBuild struct {
+	machine  daemon.MachineOptions
+	image    image.Options
+	stateDir string
+	logLevel string
+}
+
+func parseTemplateBuild(args []string) (*templateBuild, error) {
+	var b templateBuild
+	fs := flag.NewFlagSet("sluice template build", flag.ContinueOnError)
+	fs.StringVar(&b.image.From, "from", "", "`image` to build from: oci:DIR[#NAME], docker-archive:FILE[#NAME], docker://REFERENCE, dir:DIR,\n"+
+		"mmdebstrap:SUITE[#PACKAGE,...], or any of the first four without the word before the colon")
+	fs.StringVar(&b.image.StartCmd, "start-cmd", "", "`command` that runs in every sandbox from the start; the image's own entry point is not run by itself")
+	fs.StringVar(&b.image.ReadyCmd, "ready-cmd", "", "`command` that succeeds when the start command is ready; empty waits until somebody listens on the image's ports")
+	fs.IntVar(&b.image.CPUs, "cpu", 0, "processors of a sandbox (default 2)")
+	fs.IntVar(&b.image.MemoryMiB, "memory", 0, "memory of a sandbox in `MiB` (default 512)")
+	fs.IntVar(&b.image.DiskMiB, "disk", 0, "writable disk of a sandbox in `MiB` (default 1024)")
+	fs.StringVar(&b.image.User, "user", "", "`user` of commands; empty is the image's")
+	fs.StringVar(&b.image.Workdir, "workdir", "", "`directory` of commands; empty is the image's")
+	env := environment{}
+	fs.Var(env, "env", "`KEY=value` for every command, on top of the image's; may be repeated")
+	aliases := config.List{}
+	fs.Var(&aliases, "alias", "further `names` of the template")
+	b.machine.BuildFlags(fs)
+	state := stateDirFlag(fs)
+	fs.StringVar(&b.logLevel, "log-level", "warn", "debug, info, warn or error")
+	name, err := parseNamed(fs, args)
+	if err != nil {
+		return nil, err
+	}
+	if b.image.From == "" {
+		return nil, errors.New("sluice template build: -from is missing: name an image, such as -from docker://debian:bookworm, or -from dir:DIR")
+	}
+	if *state == "" {
+		return nil, errors.New("-state-dir is empty: give a directory")
+	}
+	b.image.Name, b.image.Env, b.image.Aliases, b.stateDir = name, env, aliases, *state
+	return &b, nil
+}
+
+func runTemplateBuild(ctx context.Context, args []string, out io.Writer, terminal *os.File) error {
+	b, err := parseTemplateBuild(args)
+	if err != nil {
+		return err
+	}
+	log, err := obs.NewLogger("console", b.logLevel)
+	if err != nil {
+		return err
+	}
+	shown := newProgress(terminal, b.image.Name)
+	start := time.Now()
+	t, err := daemon.BuildTemplate(ctx, b.machine, b.stateDir, b.image, log, shown.report)
+	shown.end()
+	if ctx.Err() != nil {
+		return fmt.Errorf("interrupted: nothing of template %s is left", b.image.Name)
+	}
+	if err != nil {
+		return err
+	}
+	used, err := t.Usage()
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(out, "%s is ready: %s on disk, built in %v\n", templateName(t), mebibytes(used), time.Since(start).Round(time.Second))
+	return err
+}
+
+// templateName is the shortest way to write a template's name.
+func templateName(t image.Template) string {
+	if t.Tag == image.DefaultTag {
+		return t.Name
+	}
+	return t.Name + ":" + t.Tag
+}
+
+func mebibytes(n int64) string { return strconv.FormatInt((n+1<<20-1)>>20, 10) + " MiB" }
+
+// templateRow is a template as `sluice template ls -json` prints it.
+type templateRow struct {
+	Name      string    `json:"name"`
+	Aliases   []string  `json:"aliases,omitempty"`
+	Build     string    `json:"build,omitempty"`
+	Created   time.Time `json:"created,omitzero"`
+	Source    string    `json:"source,omitempty"`
+	CPUs      int       `json:"cpus,omitempty"`
+	MemoryMiB int       `json:"memoryMiB,omitempty"`
+	DiskMiB   int       `json:"diskMiB,omitempty"`
+	Bytes     int64     `json:"bytes"`
+	Damaged   bool      `json:"damaged,omitempty"` // it must be built again
+}
+
+// runTemplateList prints the templates of a state directory. Damaged ones are listed too, and are an error after it.
+func runTemplateList(args []string, out io.Writer) error {
+	fs := flag.NewFlagSet("sluice template ls", flag.ContinueOnError)
+	state := stateDirFlag(fs)
+	asJSON := fs.Bool("json", false, "print JSON for programs")
+	if err := config.Parse(fs, args, os.Getenv, os.Stdout); err != nil {
+		return err
+	}
+	store, err := daemon.OpenTemplates(*state)
+	if err != nil {
+		return err
+	}
+	all, damaged := store.List()
+	rows := make([]templateRow, 0, len(all)) // not nil: an empty list is [] in JSON
+	for _, t := range all {
+		used, err := t.Usage()
+		if err != nil {
+			continue // it was removed just now
+		}
+		rows = append(rows, templateRow{
+			Name: templateName(t), Aliases: t.Aliases, Build: t.Build, Created: t.Created, Source: t.Source,
+			CPUs: t.CPUs, MemoryMiB: t.MemoryMiB, DiskMiB: t.DiskMiB, Bytes: used, Damaged: t.Build == "",
+		})
+	}
+	if *asJSON {
+		enc := json.NewEncoder(out)
+		enc.SetIndent("", "  ")
+		return errors.Join(enc.Encode(rows), damaged)
+	}
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "NAME\tALIASES\tCREATED\tCPUS\tMEMORY\tDISK\tON DISK\tSOURCE")
+	for _, r := range rows {
+		if r.Damaged {
+			fmt.Fprintf(table, "%s\t\t\t\t\t\t%s\tdamaged\n", r.Name, mebibytes(r.Bytes))
+			continue
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%d\t%d MiB\t%d MiB\t%s\t%s\n", r.Name, strings.Join(r.Aliases, ","), r.Created.Format(time.RFC3339),
+			r.CPUs, r.MemoryMiB, r.DiskMiB, mebibytes(r.Bytes), strings.Map(printable, r.Source))
+	}
+	return errors.Join(table.Flush(), damaged)
+}
+
+func runTemplateRemove(args []string, out io.Writer) error {
+	fs := flag.NewFlagSet("sluice template rm", flag.ContinueOnError)
+	state := stateDirFlag(fs)
+	name, err := parseNamed(fs, args)
+	if err != nil {
+		return err
+	}
+	store, err := daemon.OpenTemplates(*state)
+	if err != nil {
+		return err
+	}
+	if err := store.Remove(name); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(out, "%s is removed; its sandboxes go on\n", name)
+	return err
+}

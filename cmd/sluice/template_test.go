@@ -1,0 +1,187 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/sluice-edge/sluice/internal/daemon"
+	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/sandboxd/image"
+	"github.com/sluice-edge/sluice/sandboxd/vmm"
+)
+
+// storedTemplate builds a template of a few bytes that nobody boots.
+func storedTemplate(t *testing.T, state, name string) image.Template {
+	t.Helper()
+	dir := t.TempDir()
+	elf := make([]byte, 64)
+	copy(elf, "\x7fELF\x02\x01")
+	elf[18] = 0x3e // x86-64
+	for name, data := range map[string][]byte{"vmlinux": elf, "agent": elf, "root/etc/hello": []byte("hello")} {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	store, err := daemon.OpenTemplates(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl, err := image.Build(t.Context(), image.Options{
+		Store: store, Name: name, From: "dir:" + filepath.Join(dir, "root"), Agent: filepath.Join(dir, "agent"), Kernel: filepath.Join(dir, "vmlinux"),
+		Aliases: []string{"other-name"},
+	}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tmpl
+}
+
+func TestTemplateListAndRemove(t *testing.T) {
+	state := t.TempDir()
+	list := func(args ...string) (string, error) {
+		var out bytes.Buffer
+		err := runTemplateList(append([]string{"-state-dir", state}, args...), &out)
+		return out.String(), err
+	}
+	if out, err := list("-json"); err != nil || strings.TrimSpace(out) != "[]" {
+		t.Errorf("ls -json of nothing = %q, %v, want []", out, err)
+	}
+	tmpl := storedTemplate(t, state, "team/app:v1")
+	out, err := list()
+	if err != nil || !strings.Contains(out, "team/app:v1  other-name") || !strings.Contains(out, "512 MiB") || strings.Count(out, "\n") != 2 {
+		t.Errorf("ls = %q, %v, want a heading and the template", out, err)
+	}
+	out, err = list("-json")
+	var rows []map[string]any
+	if err != nil || json.Unmarshal([]byte(out), &rows) != nil || len(rows) != 1 || rows[0]["name"] != "team/app:v1" || rows[0]["build"] != tmpl.Build {
+		t.Errorf("ls -json = %q, %v", out, err)
+	}
+
+	// A damaged one is listed, and an error.
+	if err := os.Truncate(tmpl.RootPath(), 1); err != nil {
+		t.Fatal(err)
+	}
+	out, err = list()
+	if err == nil || !strings.Contains(err.Error(), "build it again") || !strings.Contains(out, "damaged") {
+		t.Errorf("ls with a damaged template = %q, %v", out, err)
+	}
+	var removed bytes.Buffer
+	if err := runTemplateRemove([]string{"team/app:v1", "-state-dir", state}, &removed); err != nil || !strings.Contains(removed.String(), "team/app:v1") {
+		t.Errorf("rm = %q, %v", removed.String(), err)
+	}
+	if err := runTemplateRemove([]string{"team/app:v1", "-state-dir", state}, &removed); errs.CodeOf(err) != errs.NotFound {
+		t.Errorf("rm twice = %v, want not found", err)
+	}
+}
+
+func TestTemplateArguments(t *testing.T) {
+	t.Setenv("SLUICE_STATE_DIR", t.TempDir())
+	for _, tt := range []struct {
+		args []string
+		want string // in the error
+	}{
+		{[]string{"template"}, "build, ls or rm"},
+		{[]string{"template", "make"}, `"make"`},
+		{[]string{"template", "build"}, "name of the template is missing"},
+		{[]string{"template", "build", "-from", "dir:/", "app"}, `"app" is no flag`},
+		{[]string{"template", "build", "app"}, "-from is missing"},
+		{[]string{"template", "build", "a b", "-from", "dir:/"}, "invalid template name"},
+		{[]string{"template", "build", "app", "-from", "dir:/", "-env", "X"}, "KEY=value"},
+		{[]string{"template", "build", "app", "-from", "dir:/", "-hypervisor", "/nonexistent"}, "cloud-hypervisor"},
+		{[]string{"template", "rm"}, "name of the template is missing"},
+		{[]string{"template", "rm", "app"}, "'app' not found"},
+	} {
+		if err := dispatch(t.Context(), tt.args); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("sluice %s = %v, want %q in it", strings.Join(tt.args, " "), err, tt.want)
+		}
+	}
+	b, err := parseTemplateBuild([]string{"app", "-from", "x", "-cpu", "1", "-memory", "256", "-disk", "2048", "-env", "A=b=c", "-env", "D=", "-alias", "x,y", "-start-cmd", "serve", "-ready-cmd", "ready"})
+	if err != nil || b.image.CPUs != 1 || b.image.MemoryMiB != 256 || b.image.DiskMiB != 2048 || b.image.Env["A"] != "b=c" || len(b.image.Env) != 2 ||
+		len(b.image.Aliases) != 2 || b.image.StartCmd != "serve" || b.image.ReadyCmd != "ready" {
+		t.Errorf("parsed %+v, %v", b, err)
+	}
+}
+
+func TestInterruptedBuildSaysSo(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	terminal, err := os.Create(filepath.Join(t.TempDir(), "terminal"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer terminal.Close()
+	err = runTemplateBuild(ctx, []string{"app", "-from", "dir:/", "-state-dir", t.TempDir()}, &bytes.Buffer{}, terminal)
+	if err == nil || !strings.Contains(err.Error(), "interrupted") {
+		t.Errorf("a build that is interrupted = %v", err)
+	}
+}
+
+func TestProgress(t *testing.T) {
+	steps := []image.Step{
+		{Phase: image.PhaseSource},
+		{Phase: image.PhaseSource, Note: "downloading \x1b[31mpackages"},
+		{Phase: image.PhaseLayers, Layer: 1, Layers: 2, Total: 10 << 20},
+		{Phase: image.PhaseLayers, Layer: 1, Layers: 2, Done: 5 << 20, Total: 10 << 20},
+		{Phase: image.PhaseLayers, Layer: 2, Layers: 2, Total: -1},
+		{Phase: image.PhaseRoot}, {Phase: image.PhaseKernel}, {Phase: image.PhaseFinish}, {Phase: image.PhaseFinish, Note: "booting"}, {Phase: image.PhaseCommitted},
+	}
+	show := func(width int) string {
+		var out bytes.Buffer
+		p := &progress{out: &out, name: "app", width: width}
+		for _, s := range steps {
+			p.report(s)
+		}
+		p.end()
+		return out.String()
+	}
+	want := `template app: finding the image
+template app: downloading ?[31mpackages
+template app: reading layer 1 of 2
+template app: reading layer 2 of 2
+template app: writing the root image
+template app: adding kernel and initramfs
+template app: booting it once
+template app: booting
+`
+	if got := show(0); got != want {
+		t.Errorf("in a file = %q, want %q", got, want)
+	}
+	got := show(30)
+	if strings.Contains(got, "\n") || !strings.HasSuffix(got, "\r\x1b[K") {
+		t.Errorf("on a terminal = %q, want one line that moves and goes", got)
+	}
+	for line := range strings.SplitSeq(got, "\r\x1b[K") {
+		if n := len([]rune(line)); n > 29 {
+			t.Errorf("line %q has %d characters, the terminal 30", line, n)
+		}
+	}
+}
+
+func TestDiagnosisIsPrinted(t *testing.T) {
+	var out bytes.Buffer
+	d := daemon.Diagnosis{
+		Kind: daemon.MachineNamespace, Why: "sandboxes are namespaces", Limitations: []string{"the disk"},
+		Findings: []vmm.Finding{{What: "root", OK: true, Fatal: true, Detail: "yes"}, {What: "tun", Detail: "none", Remedy: "load it"}},
+	}
+	if err := printDiagnosis(&out, d); err != nil {
+		t.Errorf("a host that is well enough: %v", err)
+	}
+	want := "ok       root: yes\nwarning  tun: none\n         -> load it\nlimited  the disk\n\nsandboxes are namespaces\n"
+	if out.String() != want {
+		t.Errorf("printed %q, want %q", out.String(), want)
+	}
+	d.Findings[1].Fatal, d.Err = true, errors.New("tun is missing")
+	if err := printDiagnosis(&out, d); err == nil || !strings.Contains(out.String(), "missing  tun") {
+		t.Errorf("a host that lacks something = %v, %q", err, out.String())
+	}
+}
