@@ -110,11 +110,27 @@ func (c *Client) Init(ctx context.Context, req InitRequest) error {
 	if env == nil {
 		env = map[string]string{}
 	}
-	return c.call(ctx, callTime, http.MethodPost, "/init", initRequest{
+	return c.callAt(ctx, req.Timestamp, "/init", initRequest{
 		EnvVars: &env, AccessToken: &req.AccessToken, Timestamp: req.Timestamp, DefaultUser: &req.DefaultUser,
 		DefaultWorkdir: &req.DefaultWorkdir, LifecycleID: req.LifecycleID, Hostname: req.Hostname,
 		MergeEnv: req.MergeEnv, MAC: req.MAC, Resolvers: req.Resolvers, Entropy: newEntropy(),
-	}, http.StatusNoContent, nil)
+	})
+}
+
+// callAt is a call that tells the sandbox what time it is. The first call of a machine that was restored may take long, because its memory is
+// still on its way, and then its clock is late by as much: it is told again, until that takes no time.
+func (c *Client) callAt(ctx context.Context, now time.Time, path string, ask any) error {
+	began := time.Now()
+	err := c.call(ctx, callTime, http.MethodPost, path, ask, http.StatusNoContent, nil)
+	for range 3 {
+		took := time.Since(began)
+		if err != nil || now.IsZero() || took < clockSlack {
+			return err
+		}
+		began, now = began.Add(took), now.Add(took)
+		err = c.call(ctx, callTime, http.MethodPost, "/clock", clockRequest{Timestamp: now}, http.StatusNoContent, nil)
+	}
+	return err
 }
 
 // newEntropy is what the kernel of a VM wants for a new start, twice over.
@@ -135,9 +151,9 @@ type ResumeRequest struct {
 // Resume tells a VM that time has passed: it sets its clock, takes fresh entropy and ends the connections that it still believes in. It
 // keeps everything that Init gave.
 func (c *Client) Resume(ctx context.Context, req ResumeRequest) error {
-	return c.call(ctx, callTime, http.MethodPost, "/resume", resumeRequest{
+	return c.callAt(ctx, req.Timestamp, "/resume", resumeRequest{
 		Timestamp: req.Timestamp, LifecycleID: req.LifecycleID, Entropy: newEntropy(), KeepConnections: req.KeepConnections,
-	}, http.StatusNoContent, nil)
+	})
 }
 
 // Sync has a VM write out what it keeps in memory of its disk. It takes as long as the disk does; ctx bounds it.

@@ -43,6 +43,11 @@ type resumeRequest struct {
 	KeepConnections bool      `json:"keepConnections,omitempty"`
 }
 
+// clockRequest is the body of POST /clock.
+type clockRequest struct {
+	Timestamp time.Time `json:"timestamp"`
+}
+
 // execRequest is the body of POST /exec.
 type execRequest struct {
 	Cmd        string            `json:"cmd"`
@@ -59,6 +64,10 @@ func (a *agent) controlHandler() http.Handler {
 	mux.HandleFunc("GET /health", serveHealth)
 	mux.HandleFunc("GET /metrics", a.serveMetrics)
 	mux.HandleFunc("POST /init", a.serveInit)
+	mux.HandleFunc("POST /resume", a.serveResume)
+	mux.HandleFunc("POST /clock", a.serveClock)
+	mux.HandleFunc("POST /sync", a.serveSync)
+	mux.HandleFunc("POST /exec", a.serveExec)
 	mux.HandleFunc("/", serveNotFound)
 	return mux
 }
@@ -81,31 +90,49 @@ func (a *agent) serveInit(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	if a.settings.apply(req) {
-		a.log.Info("initialized", "lifecycle", req.LifecycleID)
-		if a.pid1 {
-			a.adoptMachine(req)
-		}
+	if err := req.checkMachine(); err != nil && a.state != nil {
+		writeError(w, http.StatusBadRequest, err.Error())
+		return
+	}
+	if err := a.initialize(req); err != nil {
+		a.failControl(w, "init", err)
+		return
 	}
 	w.Header().Set("X-Envd-Version", Version)
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// adoptMachine sets clock and hostname, where the sandbox has its own and the agent may. A namespace shares the host's clock and needs nothing.
+// initialize follows an init that was found right. A machine becomes another one before anybody may come in.
+func (a *agent) initialize(req initRequest) error {
+	a.initializing.Lock()
+	defer a.initializing.Unlock()
+	now := a.settings.saved()
+	if late(req, now) {
+		return nil
+	}
+	if a.state != nil {
+		if err := a.assume(req, req.Hostname == "" || req.Hostname != now.Hostname); err != nil {
+			return err
+		}
+	}
+	a.settings.apply(req)
+	a.log.Info("initialized", "lifecycle", req.LifecycleID)
+	if a.state != nil {
+		a.save(a.settings.saved())
+	} else if a.pid1 {
+		a.adoptMachine(req)
+	}
+	return nil
+}
+
+// adoptMachine sets clock and hostname, where a namespace has its own and the agent may. It shares the host's clock and needs nothing there.
 func (a *agent) adoptMachine(req initRequest) {
 	if req.Hostname != "" {
 		if err := unix.Sethostname([]byte(req.Hostname)); err != nil {
 			a.log.Debug("hostname not set", "error", err)
 		}
 	}
-	// A machine that was restored is behind by the length of its sleep; smaller differences are those of the call itself.
-	if off := time.Since(req.Timestamp).Abs(); req.Timestamp.IsZero() || off < time.Second {
-		return
-	}
-	tv := unix.NsecToTimeval(req.Timestamp.UnixNano())
-	if err := unix.Settimeofday(&tv); err != nil {
-		a.log.Debug("clock not set", "error", err)
-	}
+	a.setClock(req.Timestamp)
 }
 
 // The dial protocol shares the control socket with HTTP: the first byte tells them apart, since no HTTP method begins with a NUL. The

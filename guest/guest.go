@@ -1,5 +1,8 @@
 // Package guest is the agent inside a sandbox, which the E2B SDKs call envd, and the node's client for it. It serves processes, PTYs and files
-// on port 49983, and the node's control calls on a private socket. cmd/guestd runs the agent, sandboxd holds the client.
+// on port 49983, and the node's control calls on a private socket, or on vsock. cmd/guestd runs the agent, sandboxd holds the client.
+//
+// In a namespace the node makes everything around the agent and starts it. In a VM the same program is first the init: it loads modules, mounts
+// disks, sets up the network and then starts itself again as the agent, in the way in which a node does, and again when that one ends.
 //
 // The agent is not a fence. It acts as root of the sandbox and does for the holder of the access token whatever that root may do; a request names
 // the user that a process runs as and that new files belong to, as with E2B, but files are opened by the agent itself. The fence is around the
@@ -54,6 +57,12 @@ type Options struct {
 	Etc string
 	// PID1 says that the agent is the sandbox's init: it reaps orphans, and owns clock and hostname.
 	PID1 bool
+	// State is, in a VM, the directory on its disk where the agent keeps what it was told; nil says that this is no VM.
+	State *os.Root
+	// Restarted says that an earlier agent of the same boot has ended, and that this one goes on with what that one was told.
+	Restarted bool
+	// Serving is called once, when clients and the node can connect; it may be nil.
+	Serving func()
 	// Log is where the agent speaks; nil means nowhere.
 	Log *slog.Logger
 }
@@ -67,6 +76,9 @@ type agent struct {
 	watchers  *watchers
 	usage     usage
 	pid1      bool
+	state     *os.Root // of a VM, else nil
+
+	initializing sync.Mutex // one init at a time
 }
 
 // Run serves until ctx ends or a listener fails, then kills what it started.
@@ -75,7 +87,7 @@ func Run(ctx context.Context, opts Options) error {
 		return errors.New("an agent without a control listener would never be given a token")
 	}
 	a := newAgent(opts)
-	if a.pid1 {
+	if a.pid1 || a.state != nil {
 		a.processes.score = openOOMScore(a.log)
 		// Nobody inside reads the agent's memory or takes its descriptors, not even with its own user id.
 		if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
@@ -106,6 +118,9 @@ func Run(ctx context.Context, opts Options) error {
 		wg.Go(func() { a.processes.reapOrphans(ctx) })
 	}
 	wg.Go(func() { a.watchers.expire(ctx) })
+	if opts.Serving != nil {
+		wg.Go(opts.Serving)
+	}
 
 	var err error
 	select {
@@ -137,9 +152,13 @@ func newAgent(opts Options) *agent {
 		processes: newProcesses(log),
 		watchers:  newWatchers(),
 		pid1:      opts.PID1,
+		state:     opts.State,
 	}
 	a.settings.fallbackUser = opts.DefaultUser
 	a.settings.now.ready = opts.Insecure
+	if a.state != nil {
+		a.takeUp(opts.Restarted)
+	}
 	return a
 }
 
@@ -176,6 +195,9 @@ func ControlListener() (net.Listener, error) {
 		return nil, fmt.Errorf("%s is %q, want a descriptor above 2", ControlFDVariable, value)
 	}
 	unix.CloseOnExec(fd)
+	if l, ok, err := newVsockListener(fd); ok {
+		return l, err
+	}
 	f := os.NewFile(uintptr(fd), "control")
 	defer f.Close()
 	l, err := net.FileListener(f)

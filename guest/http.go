@@ -20,7 +20,7 @@ import (
 const maxMessageBytes = 64 << 20
 
 // controlPaths belong to the private socket. On the public port they do not exist, whatever token comes with them.
-var controlPaths = []string{"/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw", "/upgrade"}
+var controlPaths = []string{"/init", "/freeze", "/unfreeze", "/collapse", "/fsfreeze", "/fsthaw", "/upgrade", "/resume", "/clock", "/sync", "/exec"}
 
 // publicHandler is the surface for SDKs: everything but control.
 func (a *agent) publicHandler() http.Handler {

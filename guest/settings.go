@@ -16,9 +16,11 @@ import (
 type settings struct {
 	fallbackUser string // fixed before Run
 
-	mu    sync.Mutex
-	now   values
-	stamp time.Time // of the last init that was applied
+	mu        sync.Mutex
+	now       values
+	hostname  string    // these are of the last init that was applied
+	lifecycle string    //
+	stamp     time.Time //
 }
 
 // values are replaced whole; the map is never written again.
@@ -36,17 +38,25 @@ func (s *settings) get() values {
 	return s.now
 }
 
-// apply takes an init; false when it is older than the last one, as a retry can be, and changed nothing.
-func (s *settings) apply(req initRequest) bool {
+// late says whether an init is older than the last one, as a retry can be. Those of another lifecycle are not compared: they may come from
+// another node, whose clock is not that of the node where the memory was saved.
+func late(req initRequest, now savedSettings) bool {
+	return req.LifecycleID == now.Lifecycle && !req.Timestamp.IsZero() && req.Timestamp.Before(now.Stamp)
+}
+
+// apply takes an init that is not late.
+func (s *settings) apply(req initRequest) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !req.Timestamp.IsZero() && req.Timestamp.Before(s.stamp) {
-		return false
-	}
-	s.stamp = req.Timestamp
+	s.stamp, s.lifecycle = req.Timestamp, req.LifecycleID
 	s.now.ready = true
 	if req.EnvVars != nil {
-		s.now.env = maps.Clone(*req.EnvVars)
+		env := map[string]string{}
+		if req.MergeEnv {
+			maps.Copy(env, s.now.env)
+		}
+		maps.Copy(env, *req.EnvVars)
+		s.now.env = env
 	}
 	if req.AccessToken != nil {
 		s.now.token = *req.AccessToken
@@ -57,7 +67,27 @@ func (s *settings) apply(req initRequest) bool {
 	if req.DefaultWorkdir != nil {
 		s.now.workdir = *req.DefaultWorkdir
 	}
-	return true
+	if req.Hostname != "" {
+		s.hostname = req.Hostname
+	}
+}
+
+// saved is all of it in the form in which it is kept.
+func (s *settings) saved() savedSettings {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return savedSettings{
+		Ready: s.now.ready, Env: s.now.env, Token: s.now.token, User: s.now.user, Workdir: s.now.workdir,
+		Hostname: s.hostname, Lifecycle: s.lifecycle, Stamp: s.stamp,
+	}
+}
+
+// restore is the way back.
+func (s *settings) restore(from savedSettings) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.now = values{ready: from.Ready, env: from.Env, token: from.Token, user: from.User, workdir: from.Workdir}
+	s.hostname, s.lifecycle, s.stamp = from.Hostname, from.Lifecycle, from.Stamp
 }
 
 // actor resolves the user that a request acts as; an empty name means the default.

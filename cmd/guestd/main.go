@@ -1,5 +1,5 @@
-// Command guestd is the agent inside a sandbox. The node starts it there and hands it a control socket; anywhere else it
-// would be a shell for everybody, so it refuses to run.
+// Command guestd is the agent inside a sandbox. The node starts it there and hands it a control socket, or boots a VM with it as the first
+// process; anywhere else it would be a shell for everybody, so it refuses to run.
 package main
 
 import (
