@@ -61,6 +61,7 @@ var nestedModules = []string{
 // GuestModules are what a VM in a nested host needs as modules of the same kernel.
 var GuestModules = []string{
 	"virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "vsock", "vmw_vsock_virtio_transport", "overlay", "ext4", "erofs", "virtio_console",
+	"inet_diag", "tcp_diag",
 }
 
 var nested struct {
@@ -197,6 +198,10 @@ func planNested() (p nestedPlan, err error) {
 	// For the VMs inside: the same kernel, and the modules that a guest may want.
 	version := strings.TrimPrefix(filepath.Base(p.kernel.Image), "vmlinuz-")
 	p.files = append(p.files, File{Path: nestedKernel + "/boot/vmlinuz-" + version, Mode: 0o644, Src: p.kernel.Image})
+	// Without this list, what the kernel has built in would be missed.
+	p.files = append(p.files, File{
+		Path: nestedKernel + "/lib/modules/" + version + "/modules.builtin", Mode: 0o644, Src: filepath.Join(p.kernel.Modules, "..", "modules.builtin"),
+	})
 	guest, err := p.kernel.ModuleFiles(GuestModules...)
 	if err != nil {
 		return p, err

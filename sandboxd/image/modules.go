@@ -23,9 +23,10 @@ import (
 // maxModule bounds a module once unpacked; the largest of a distribution are a few MiB.
 const maxModule = 64 << 20
 
-// guestModules are what a guest needs before it has a root. Those that a kernel has built in are not missing.
+// guestModules are what a guest needs before it has a root, and what its agent ends connections with. Those that a kernel has built in are not
+// missing.
 var guestModules = []string{
-	"virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "vsock", "vmw_vsock_virtio_transport", "erofs", "ext4", "overlay",
+	"virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "vsock", "vmw_vsock_virtio_transport", "erofs", "ext4", "overlay", "inet_diag", "tcp_diag",
 }
 
 // optionalModules are taken along where they exist: faster checksums for ext4, and consoles other than the serial one.
