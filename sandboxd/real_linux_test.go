@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sluice-edge/sluice/internal/lab"
 	"github.com/sluice-edge/sluice/sandboxd/namespace"
 	"github.com/sluice-edge/sluice/sandboxd/netdev"
 	"github.com/sluice-edge/sluice/sandboxd/vmm/vmmtest"
@@ -50,7 +51,9 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	lab.CloseNested()
+	os.Exit(code)
 }
 
 // inside runs the rest of the test in a network namespace of its own: it returns true there, and false, when that is done, outside.

@@ -83,7 +83,7 @@ func (a *fakeAgent) call(req *http.Request) (status int, answer any) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch req.URL.Path {
-	case "/health", "/sync":
+	case "/health", "/sync", "/clock":
 	case "/init":
 		var init struct {
 			EnvVars  map[string]string
