@@ -483,12 +483,47 @@ func (r Ruleset) checkTap() error {
 	return nil
 }
 
-// explain says what a kernel lacks that refuses rules for frames: all of them are refused then, so that nothing passes half fenced.
+// explain finds out whether the kernel refused the rules because it cannot do what all rules for frames need.
 func (r Ruleset) explain(err error) error {
-	if r.tap != "" && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.ENOENT)) {
-		return fmt.Errorf("this kernel cannot filter what comes in by a device (nftables family netdev: CONFIG_NF_TABLES_NETDEV, CONFIG_NETFILTER_INGRESS): %w", err)
+	if r.tap == "" || !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	if hookErr := tryIngress(r.tap); hookErr != nil {
+		return fmt.Errorf("this kernel cannot filter what comes in by a device (nftables family netdev; CONFIG_NF_TABLES_NETDEV, CONFIG_NETFILTER_INGRESS): %w", err)
 	}
 	return err
+}
+
+// tryIngress makes a chain for the frames of a device in the thread's namespace, and takes it away in the same transaction.
+func tryIngress(dev string) error {
+	conn, err := netfilter.NewConn()
+	if err != nil {
+		return err
+	}
+	table := &nftables.Table{Family: nftables.TableFamilyNetdev, Name: tableName + "_try"}
+	conn.AddTable(table)
+	conn.AddChain(chain{name: "ingress", hook: "ingress", dev: dev}.kernel(table))
+	conn.DelTable(table)
+	return conn.Flush()
+}
+
+// Check tries whether this kernel takes every rule that a fence around a virtual machine can have, in a network namespace of its own.
+func Check() error {
+	home, err := openNetNS("/proc/self/ns/net")
+	if err != nil {
+		return err
+	}
+	defer unix.Close(home)
+	r := Compile(Policy{AllowInternet: true}, Forwarded("lo", make(net.HardwareAddr, 6), gateway4.Prev(), gateway6.Next()))
+	return inNetNS(home, func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return os.NewSyscallError("unshare", err)
+		}
+		if _, err := r.replace(); err != nil {
+			return fmt.Errorf("try egress rules: %w", r.explain(err))
+		}
+		return nil
+	})
 }
 
 // inNetNS runs fn on an operating system thread of its own inside the namespace. The thread ends with fn, and is never the

@@ -11,3 +11,6 @@ func Apply(string, Ruleset) error { return errNotLinux }
 
 // Counters fails like Apply.
 func Counters(string) (Refusals, error) { return Refusals{}, errNotLinux }
+
+// Check fails like Apply.
+func Check() error { return errNotLinux }

@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -122,6 +123,60 @@ func TestApplyReplaces(t *testing.T) {
 	}
 	if err := Apply("/run/netns/there-is-no-such-thing", all["open"]); err == nil {
 		t.Error("Apply to a namespace that is not there succeeded")
+	}
+}
+
+// TestHalfAFence: rules for the frames of a machine that the kernel refuses, and those for its packets with them, leave everything as it
+// was: no rules, or the older ones. Where there is no tap to hang them on it says so.
+func TestHalfAFence(t *testing.T) {
+	netns := scratchNetNS(t)
+	whole := rulesets(t)["tap"]
+	half := rulesets(t)["tap"]
+	last := &half.tables[1].chains[len(half.tables[1].chains)-1]
+	last.rules = append(last.rules, rule{gotoChain("nowhere")})
+	if err := Apply(netns, half); !errors.Is(err, unix.ENOENT) || strings.Contains(err.Error(), "cannot filter") {
+		t.Errorf("Apply of rules that lead nowhere = %v, want ENOENT, and no complaint about a kernel that can", err)
+	}
+	if got := nft(t, netns, "", "list", "ruleset"); got != "" {
+		t.Errorf("after it the kernel holds\n%s", got)
+	}
+	if err := Apply(netns, whole); err != nil {
+		t.Fatal(err)
+	}
+	if err := Apply(netns, half); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("Apply of rules that lead nowhere = %v, want ENOENT", err)
+	}
+	if got := normal(nft(t, netns, "", "list", "ruleset")); got != listed(whole) {
+		t.Errorf("after it the kernel holds\n%s\nwant\n%s", got, listed(whole))
+	}
+	if err := Apply(netns, Compile(Policy{}, Forwarded("tap1", machineMAC, machine))); err == nil || !strings.Contains(err.Error(), "tap1") {
+		t.Errorf("Apply without the tap = %v, want that it is missing", err)
+	}
+	if got := normal(nft(t, netns, "", "list", "ruleset")); got != listed(whole) {
+		t.Errorf("after it the kernel holds\n%s\nwant\n%s", got, listed(whole))
+	}
+}
+
+// TestKernelIsAsked: what a kernel lacks is said in words, and only if it lacks it.
+func TestKernelIsAsked(t *testing.T) {
+	scratchNetNS(t)
+	if err := Check(); err != nil {
+		t.Errorf("Check = %v on a kernel that passes the other tests", err)
+	}
+	r := Compile(Policy{}, Forwarded("there-is-no-such-tap", machineMAC)) // longer than a name can be, so that no kernel takes it
+	for _, errno := range []error{unix.EOPNOTSUPP, unix.EAFNOSUPPORT, unix.ENOENT} {
+		if err := r.explain(errno); !errors.Is(err, errno) || !strings.Contains(err.Error(), "CONFIG_NF_TABLES_NETDEV") {
+			t.Errorf("explain(%v) = %v, want what to look for in the kernel's configuration", errno, err)
+		}
+	}
+	local := Compile(Policy{}, Local())
+	for _, err := range []error{r.explain(unix.EPERM), local.explain(unix.EPERM)} {
+		if err != unix.EPERM {
+			t.Errorf("explain(EPERM) = %v", err)
+		}
+	}
+	if err := local.explain(unix.ENOENT); err != unix.ENOENT {
+		t.Errorf("explain(ENOENT) of rules without frames = %v", err)
 	}
 }
 

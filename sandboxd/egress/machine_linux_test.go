@@ -1,12 +1,12 @@
 package egress_test
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -22,17 +22,17 @@ var machineMAC = net.HardwareAddr{0x02, 'S', 'L', 0, 0, 2}
 // machine is a computer behind the tap of a slot, without a virtual machine: a network namespace whose card's frames, with what is still
 // to be made of them, are carried to the slot's tap and back.
 type machine struct {
-	*netdev.Slot
 	netns string // the machine's own
 	card  *os.File
-	tap   *os.File
+	tap   atomic.Pointer[os.File] // of the slot that it is in
+	pumps sync.WaitGroup
+	large [2]atomic.Int64 // frames that were larger than fits the wire: out of the machine, and into it
 }
 
 // newMachine plugs a machine into a slot. Its kernel asks for the gateway's hardware address as any would.
 func (w *world) newMachine(slot *netdev.Slot) *machine {
 	w.Helper()
-	m := &machine{Slot: slot}
-	m.tap = w.plug(slot)
+	m := &machine{}
 	if err := lab.Enter(slot.NetNS, func() {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			w.Fatal(err)
@@ -47,16 +47,34 @@ func (w *world) newMachine(slot *netdev.Slot) *machine {
 	}); err != nil {
 		w.Fatal(err)
 	}
-	var pumps sync.WaitGroup
 	w.Cleanup(func() {
 		m.card.Close()
-		m.tap.Close()
-		pumps.Wait()
+		m.tap.Load().Close()
+		m.pumps.Wait()
 	})
-	for _, ends := range [][2]*os.File{{m.card, m.tap}, {m.tap, m.card}} {
-		pumps.Go(func() { pump(ends[0], ends[1]) })
-	}
+	m.plug(w, slot)
+	m.pumps.Go(func() { // until the card is closed; what is sent while the machine is plugged in nowhere is lost
+		_ = pump(m.card, &m.large[0], func(frame []byte) error {
+			_, _ = m.tap.Load().Write(frame)
+			return nil
+		})
+	})
 	return m
+}
+
+// plug puts the machine into a slot, out of the one that it is in.
+func (m *machine) plug(w *world, slot *netdev.Slot) {
+	w.Helper()
+	tap := w.plug(slot)
+	if before := m.tap.Swap(tap); before != nil {
+		before.Close()
+	}
+	m.pumps.Go(func() {
+		_ = pump(tap, &m.large[1], func(frame []byte) error {
+			_, err := m.card.Write(frame)
+			return err
+		})
+	})
 }
 
 // plug opens the tap of a slot as a machine's process would, and says who is behind it.
@@ -133,16 +151,19 @@ func newCard(t *testing.T) *os.File {
 // vnetHeader is the size of what precedes each frame of a tap.
 const vnetHeader = 12
 
-// pump carries frames until either end is closed.
-func pump(from, to *os.File) {
+// pump hands over frames until it cannot read or write.
+func pump(from *os.File, large *atomic.Int64, write func(frame []byte) error) error {
 	frame := make([]byte, 1<<17)
 	for {
 		n, err := from.Read(frame)
 		if err != nil {
-			return
+			return err
 		}
-		if _, err := to.Write(frame[:n]); errors.Is(err, os.ErrClosed) {
-			return
+		if n > vnetHeader+1514 {
+			large.Add(1)
+		}
+		if err := write(frame[:n]); err != nil {
+			return err
 		}
 	}
 }

@@ -9,8 +9,13 @@ import (
 	"github.com/sluice-edge/sluice/internal/lab"
 )
 
-func BenchmarkAcquireRelease(b *testing.B) {
-	n := newNetwork(b, lab.New(b))
+func BenchmarkAcquireRelease(b *testing.B) { benchmarkAcquireRelease(b, Config{}) }
+
+// The same with a tap and the translation of a machine's addresses.
+func BenchmarkAcquireReleaseTap(b *testing.B) { benchmarkAcquireRelease(b, Config{Tap: true}) }
+
+func benchmarkAcquireRelease(b *testing.B, cfg Config) {
+	n := newNetworkWith(b, lab.New(b), cfg)
 	for b.Loop() {
 		if _, err := n.Acquire(b.Context(), 0); err != nil {
 			b.Fatal(err)

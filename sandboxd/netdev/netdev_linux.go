@@ -279,7 +279,7 @@ func (n *Network) configureGuest(h *netlink.Handle, p plan) error {
 	if err != nil || !n.cfg.Tap {
 		return err
 	}
-	return n.configureTap(h, p)
+	return n.configureTap(h, eth0, p)
 }
 
 // configureHost sets up the host's end. The thread is in the home namespace, which /proc/sys shows.
@@ -485,6 +485,7 @@ func (n *Network) Release(_ context.Context, index int) error {
 		slot.close()
 	}
 	err = errors.Join(
+		n.unplug(p),
 		inNetNS(n.home, func() error {
 			return errors.Join(n.removeFromTable(p), removeLink(p.hostDev), n.forgetFlows(p))
 		}),

@@ -29,7 +29,12 @@ import (
 // newNetwork is the slots of a node in the laboratory, set up.
 func newNetwork(t testing.TB, l *lab.Lab) *Network {
 	t.Helper()
-	n := openNetwork(t, l)
+	return newNetworkWith(t, l, Config{})
+}
+
+func newNetworkWith(t testing.TB, l *lab.Lab, cfg Config) *Network {
+	t.Helper()
+	n := openNetwork(t, l, cfg)
 	if err := n.Setup(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -37,11 +42,12 @@ func newNetwork(t testing.TB, l *lab.Lab) *Network {
 }
 
 // openNetwork is a node that has just started.
-func openNetwork(t testing.TB, l *lab.Lab) (n *Network) {
+func openNetwork(t testing.TB, l *lab.Lab, cfg Config) (n *Network) {
 	t.Helper()
+	cfg.NamePrefix = l.Prefix()
 	l.Host.Run(func() {
 		var err error
-		if n, err = New(Config{NamePrefix: l.Prefix()}); err != nil {
+		if n, err = New(cfg); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -299,13 +305,18 @@ func programIn(t testing.TB, netns, name string, args ...string) string {
 // TestKilledAnywhere stops Acquire after each of its steps as a kill would, without any undoing, and starts the node anew: it finds
 // what is there, refuses to adopt what is not whole, removes it, and the index is as good as new.
 func TestKilledAnywhere(t *testing.T) {
+	killAnywhere(t, Config{}, "mount point", "namespace", "veth", "guest", "host")
+}
+
+func killAnywhere(t *testing.T, cfg Config, steps ...string) {
+	t.Helper()
 	l := lab.New(t)
-	bystander := newNetwork(t, l)
+	bystander := newNetworkWith(t, l, cfg)
 	acquire(t, bystander, 1)
 	before := snapshot(t, l, bystander)
 	t.Cleanup(func() { step = func(string) {} })
-	for _, at := range []string{"mount point", "namespace", "veth", "guest", "host"} {
-		n := openNetwork(t, l)
+	for _, at := range steps {
+		n := openNetwork(t, l, cfg)
 		p, err := n.cfg.plan(2)
 		if err != nil {
 			t.Fatal(err)
@@ -332,7 +343,7 @@ func TestKilledAnywhere(t *testing.T) {
 			t.Fatalf("build until %q: %v", at, err)
 		}
 
-		n = openNetwork(t, l)
+		n = openNetwork(t, l, cfg)
 		if indexes, err := n.List(t.Context()); err != nil || !slices.Equal(indexes, []int{1, 2}) {
 			t.Errorf("killed at %q: List = %v, %v, want 1 and 2", at, indexes, err)
 		}

@@ -86,3 +86,25 @@ func TestConfig(t *testing.T) {
 	check(Config{NamePrefix: "a-b"}, 0)
 	check(Config{NamePrefix: "A"}, 0)
 }
+
+// TestOwnLinkOfMachines: a slot's own addresses cannot be those that every machine has.
+func TestOwnLinkOfMachines(t *testing.T) {
+	check := func(cfg Config, wantOK bool) {
+		t.Helper()
+		if _, err := cfg.withDefaults(); (err == nil) != wantOK {
+			t.Errorf("%s and %s with tap %v: %v, want ok %v", cfg.Prefix, cfg.Prefix6, cfg.Tap, err, wantOK)
+		}
+	}
+	check(Config{Tap: true}, true)
+	check(Config{Tap: true, Prefix: netip.MustParsePrefix("169.254.0.0/16")}, false)
+	check(Config{Tap: true, Prefix: netip.MustParsePrefix("169.254.0.22/31")}, false)
+	check(Config{Tap: true, Prefix: netip.MustParsePrefix("169.254.1.0/24")}, true)
+	check(Config{Tap: true, Prefix6: netip.MustParsePrefix("fd73:6c75:6963:65ff::/64")}, false)
+	check(Config{Tap: true, Prefix6: netip.MustParsePrefix("fd73:6c75:6963::/48")}, false)
+	check(Config{Prefix: netip.MustParsePrefix("169.254.0.0/16")}, true)
+	for _, link := range links() {
+		if !link.Contains(GuestConstant) && !link.Contains(GuestConstant6) || !link.Contains(GuestGateway) && !link.Contains(GuestGateway6) {
+			t.Errorf("%s is not the link of a machine and its gateway", link)
+		}
+	}
+}

@@ -3,6 +3,7 @@ package netdev
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-edge/sluice/internal/netfilter"
@@ -22,18 +24,27 @@ const tapFlags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
 // vnetHeaderSize is that of a modern virtio device's header.
 const vnetHeaderSize = 12
 
+// devGroup marks the devices of a slot that has a tap, so that they can be removed at once.
+const devGroup = 0x534c
+
 // natTable translates the machine's addresses, in every namespace that has a tap. It is apart from the rules of sandboxd/egress, which
 // come and go: without them nothing passes, and without this one nothing passes the host's table.
 const natTable = "sluice_nat"
 
 // configureTap makes the machine's end of a slot. The thread is in the slot's namespace.
-func (n *Network) configureTap(h *netlink.Handle, p plan) error {
+func (n *Network) configureTap(h *netlink.Handle, eth0 netlink.Link, p plan) error {
 	if err := createTap(); err != nil {
 		return err
 	}
+	step("tap")
 	tap, err := h.LinkByName(TapName)
 	if err != nil {
 		return fmt.Errorf("find %s: %w", TapName, err)
+	}
+	for _, dev := range []netlink.Link{eth0, tap} {
+		if err := h.LinkSetGroup(dev, devGroup); err != nil {
+			return fmt.Errorf("set group of %s: %w", dev.Attrs().Name, err)
+		}
 	}
 	if err := h.LinkSetHardwareAddr(tap, TapMAC); err != nil {
 		return fmt.Errorf("set hardware address of %s: %w", TapName, err)
@@ -194,6 +205,31 @@ func (n *Network) checkTap(p plan) error {
 		return fmt.Errorf("replace table %s: %w", natTable, err)
 	}
 	return nil
+}
+
+// unplug removes the tap of a slot, and the veth pair with it: together they take the time of one. A machine that still has the tap open
+// would keep both, and the namespace.
+func (n *Network) unplug(p plan) error {
+	if !n.cfg.Tap {
+		return nil
+	}
+	ns, err := openNetNS(p.netns)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) {
+		return nil // of a slot that was never whole
+	}
+	if err != nil {
+		return err
+	}
+	defer unix.Close(ns)
+	return inNetNS(ns, func() error {
+		request := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
+		request.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+		request.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(devGroup)))
+		if _, err := request.Execute(unix.NETLINK_ROUTE, 0); err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("delete devices of %s: %w", p.netns, err)
+		}
+		return removeLink(TapName) // which was made, and not yet put into the group
+	})
 }
 
 // replaceNAT puts the translation of the thread's namespace in place, in one transaction; flows that it has translated go on as they are:
