@@ -16,22 +16,36 @@ var ErrHelp = flag.ErrHelp
 // Parse fills the flags of fs from args, and those that args leave out from the environment. It refuses words that no flag
 // takes. Usage goes to out, and only when asked for.
 func Parse(fs *flag.FlagSet, args []string, getenv func(string) string, out io.Writer) error {
+	words, err := ParseWords(fs, args, 0, getenv, out)
+	if err == nil && len(words) > 0 {
+		err = fmt.Errorf("%s: %q is no flag (see %s -h)", fs.Name(), words[0], fs.Name())
+	}
+	return err
+}
+
+// ParseWords is Parse for a command that takes words too, which may stand before, between and after its flags. What follows the first
+// most of them, and the flags right behind, is returned as it is: it may be another command with flags of its own.
+func ParseWords(fs *flag.FlagSet, args []string, most int, getenv func(string) string, out io.Writer) (words []string, err error) {
 	fs.SetOutput(io.Discard)
 	usage := fs.Usage
 	fs.Usage = func() {}
-	if err := fs.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			fs.SetOutput(out)
-			if usage == nil {
-				usage = func() { fmt.Fprintf(out, "Usage of %s:\n", fs.Name()); fs.PrintDefaults() }
+	for {
+		if err := fs.Parse(args); err != nil {
+			if errors.Is(err, flag.ErrHelp) {
+				fs.SetOutput(out)
+				if usage == nil {
+					usage = func() { fmt.Fprintf(out, "Usage of %s:\n", fs.Name()); fs.PrintDefaults() }
+				}
+				usage()
+				return nil, ErrHelp
 			}
-			usage()
-			return ErrHelp
+			return nil, fmt.Errorf("%s: %w (see %s -h)", fs.Name(), err, fs.Name())
 		}
-		return fmt.Errorf("%s: %w (see %s -h)", fs.Name(), err, fs.Name())
-	}
-	if fs.NArg() > 0 {
-		return fmt.Errorf("%s: %q is no flag (see %s -h)", fs.Name(), fs.Arg(0), fs.Name())
+		args = fs.Args()
+		if len(args) == 0 || len(words) >= most {
+			break
+		}
+		words, args = append(words, args[0]), args[1:]
 	}
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
@@ -43,7 +57,7 @@ func Parse(fs *flag.FlagSet, args []string, getenv func(string) string, out io.W
 			}
 		}
 	})
-	return errors.Join(errs...)
+	return append(words, args...), errors.Join(errs...)
 }
 
 // EnvName is the environment's name for a flag.

@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"flag"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -68,5 +69,39 @@ func TestParseHelpPrintsTheFlags(t *testing.T) {
 	}
 	if !strings.Contains(out.String(), "-workers") {
 		t.Errorf("help = %q, want the flags", out.String())
+	}
+}
+
+func TestParseWords(t *testing.T) {
+	for _, tt := range []struct {
+		args  string
+		most  int
+		words string
+		given string // the flags' values afterwards
+		err   string
+	}{
+		{"id", 1, "id", "0 false", ""},
+		{"-n 3 id -f", 1, "id", "3 true", ""},
+		{"id -f -n 3", 1, "id", "3 true", ""},
+		{"id -f -- ls -n 5", 1, "id ls -n 5", "0 true", ""},
+		{"id ls -f", 1, "id ls -f", "0 false", ""},
+		{"-- id -f", 1, "id", "0 true", ""},
+		{"a -f b -n 2 c", 9, "a b c", "2 true", ""},
+		{"", 9, "", "0 false", ""},
+		{"id -nope", 1, "", "0 false", "-nope"},
+		{"id -nope", 0, "id -nope", "0 false", ""},
+	} {
+		fs := flag.NewFlagSet("logs", flag.ContinueOnError)
+		n, f := fs.Int("n", 0, ""), fs.Bool("f", false, "")
+		words, err := ParseWords(fs, strings.Fields(tt.args), tt.most, func(string) string { return "" }, &strings.Builder{})
+		if tt.err != "" {
+			if err == nil || !strings.Contains(err.Error(), tt.err) {
+				t.Errorf("ParseWords(%q) = %v, want an error with %q", tt.args, err, tt.err)
+			}
+			continue
+		}
+		if got := fmt.Sprint(*n, *f); err != nil || strings.Join(words, " ") != tt.words || got != tt.given {
+			t.Errorf("ParseWords(%q) = %q, %v with flags %s, want %q with %s", tt.args, words, err, got, tt.words, tt.given)
+		}
 	}
 }
