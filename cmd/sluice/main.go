@@ -1,6 +1,6 @@
 // Command sluice is for people: `sluice dev` runs the whole system on one machine, `sluice template` makes what sandboxes are made
 // from, `sluice doctor` says what a machine lacks, `sluice key` makes API keys, and `sluice bench` measures the edge against the backend
-// behind it.
+// behind it. `sluice ls` and its like are for operators: they speak the REST API, and exec that of the agent in a sandbox.
 package main
 
 import (
@@ -29,6 +29,13 @@ var commands = []command{
 	{"template", "build, list and remove what sandboxes are made from", runTemplate},
 	{"doctor", "say what this machine lacks, and what to do about it", runDoctor},
 	{"key", "create, list and remove API keys", runKey},
+	{"ls", "list sandboxes", onConsole(runLs)},
+	{"inspect", "show all about a sandbox", onConsole(runInspect)},
+	{"logs", "show what the console and the agent of a sandbox have said", onConsole(runLogs)},
+	{"exec", "run a program in a sandbox: sluice exec -it ID -- bash", onConsole(runExec)},
+	{"pause", "save sandboxes and end their processes", onConsole(runPause)},
+	{"resume", "bring paused sandboxes back", onConsole(runResume)},
+	{"kill", "end sandboxes and remove them", onConsole(runKill)},
 	{"bench", "load the edge and the backend behind it alike, and print both", runBench},
 	{"version", "print the version", func(context.Context, []string) error { fmt.Println(version); return nil }},
 }
@@ -37,7 +44,11 @@ func main() {
 	daemon.MaybeSandboxInit()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := dispatch(ctx, os.Args[1:]); err != nil && !errors.Is(err, config.ErrHelp) {
+	err := dispatch(ctx, os.Args[1:])
+	if code, ok := errors.AsType[exitCode](err); ok {
+		os.Exit(int(code))
+	}
+	if err != nil && !errors.Is(err, config.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "sluice:", err)
 		os.Exit(1)
 	}
