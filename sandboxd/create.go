@@ -25,14 +25,41 @@ func (m *Manager) Create(ctx context.Context, spec CreateSpec) (Sandbox, error) 
 		return Sandbox{}, err
 	}
 	defer leave()
-	tmpl, alias, err := m.findTemplate(spec.Template)
+	from, err := m.findOrigin(spec)
 	if err != nil {
 		return Sandbox{}, err
 	}
+	defer m.endUse(from.snapshot)
+	return m.createFrom(ctx, spec, from)
+}
+
+// origin is what a sandbox is made from: a template, or a snapshot in the words of one.
+type origin struct {
+	Template
+	alias    string // the name it was asked for by
+	snapshot string // its ID
+}
+
+// findOrigin finds a template or, if there is none of that name, a snapshot, which is in use until endUse.
+func (m *Manager) findOrigin(spec CreateSpec) (origin, error) {
+	tmpl, alias, err := m.findTemplate(spec.Template)
+	if err == nil {
+		return origin{Template: tmpl, alias: alias}, nil
+	}
+	if errs.CodeOf(err) == errs.NotFound {
+		if from, ok := m.snapshots.use(spec.Template, spec.Team); ok {
+			return from, nil
+		}
+	}
+	return origin{}, err
+}
+
+// createFrom is Create from something that was found.
+func (m *Manager) createFrom(ctx context.Context, spec CreateSpec, from origin) (Sandbox, error) {
 	if err := m.checkTimeout(spec.Timeout); err != nil {
 		return Sandbox{}, err
 	}
-	if spec.AutoPause {
+	if _, ok := m.machine.(Suspender); spec.AutoPause && !ok {
 		// Refused now: at the deadline the sandbox would be killed, and its work lost.
 		return Sandbox{}, errs.New(errs.Invalid, "autoPause (lifecycle onTimeout 'pause') is not possible: the %s machine of this node has no "+
 			"snapshots; leave it out and give a longer timeout", m.machine.Name())
@@ -41,18 +68,18 @@ func (m *Manager) Create(ctx context.Context, spec CreateSpec) (Sandbox, error) 
 	if err != nil {
 		return Sandbox{}, err
 	}
-	done, err := m.queue(ctx)
+	done, err := m.queue(ctx, m.creating, "started")
 	if err != nil {
 		return Sandbox{}, err
 	}
 	defer done()
-	l, err := m.reserve(spec, tmpl, alias)
+	l, err := m.reserve(spec, from)
 	if err != nil {
 		return Sandbox{}, err
 	}
 
 	began := time.Now()
-	err = m.boot(ctx, l, initRequest(l, spec, tmpl), spec.Timeout, fence)
+	err = m.boot(ctx, l, initRequest(m.record(l), spec), spec.Timeout, fence)
 	if err != nil {
 		m.condemn(l, GoneCreateFailed)
 		l.endTurn()
@@ -62,7 +89,7 @@ func (m *Manager) Create(ctx context.Context, spec CreateSpec) (Sandbox, error) 
 	sb := m.record(l).Sandbox
 	l.endTurn()
 	m.stats.created.Inc()
-	l.log.Info("sandbox created", zap.String("template", tmpl.ID), zap.Duration("took", time.Since(began)))
+	l.log.Info("sandbox created", zap.String("template", from.ID), zap.Duration("took", time.Since(began)))
 	return sb, nil
 }
 
@@ -70,11 +97,7 @@ func (m *Manager) Create(ctx context.Context, spec CreateSpec) (Sandbox, error) 
 func (m *Manager) boot(ctx context.Context, l *life, init guest.InitRequest, timeout time.Duration, fence egress.Policy) error {
 	ctx, cancel := l.within(ctx)
 	defer cancel()
-	phase := m.stats.phases()
-	reached := func(s Step) {
-		phase(s)
-		m.reached(s)
-	}
+	reached := m.reporter(m.stats.createPhase)
 
 	rec := m.record(l)
 	if err := m.journal.create(rec); err != nil {
@@ -130,60 +153,56 @@ func (m *Manager) adopt(l *life, rec record, instance Instance) bool {
 	if l.condemned() {
 		return false
 	}
+	if l.instance == nil { // else a pause failed, and it is the same
+		l.refused = egress.Refusals{}
+		l.atEnd = atEnd{}
+	}
 	l.rec = rec
+	l.generation = rec.Sandbox.Generation
 	l.instance = instance
-	m.jobs.Go(func() { m.attend(l, instance) })
+	l.up, l.down = context.WithCancel(l.ctx)
+	up := l.up
+	m.jobs.Go(func() { m.attend(up, l, instance) })
 	poke(m.endMoved)
 	return true
 }
 
-// queue waits for a turn to create: starting is the most expensive thing a node does.
-func (m *Manager) queue(ctx context.Context) (done func(), err error) {
-	wait := time.NewTimer(createQueueTime)
+// queue waits for one of the turns for what is expensive for a node: starting sandboxes, and saving them.
+func (m *Manager) queue(ctx context.Context, turns chan struct{}, doing string) (done func(), err error) {
+	wait := time.NewTimer(queueTime)
 	defer wait.Stop()
 	select {
-	case m.creating <- struct{}{}:
-		return func() { <-m.creating }, nil
+	case turns <- struct{}{}:
+		return func() { <-turns }, nil
 	case <-wait.C:
-		return nil, errs.New(errs.Exhausted, "too many sandboxes are being created on this node at once; try again in a moment")
+		return nil, errs.New(errs.Exhausted, "too many sandboxes are being %s on this node at once; try again in a moment", doing)
 	case <-m.closing:
 		return nil, errStopping
 	case <-ctx.Done():
-		return nil, &errs.Error{Code: errs.Unavailable, Msg: "gave up while waiting for a turn to create", Err: ctx.Err()}
+		return nil, &errs.Error{Code: errs.Unavailable, Msg: "gave up while waiting for others that are being " + doing, Err: ctx.Err()}
 	}
 }
 
 // reserve registers a new life with its turn taken: the check of the limit and the entry are one step.
-func (m *Manager) reserve(spec CreateSpec, tmpl Template, alias string) (*life, error) {
+func (m *Manager) reserve(spec CreateSpec, from origin) (*life, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.draining {
-		return nil, errStopping
+	slot, started, err := m.admitLocked()
+	if err != nil {
+		return nil, err
 	}
-	if m.broken {
-		return nil, errs.New(errs.Unavailable, "this node cannot start sandboxes: its host's network is not in order")
-	}
-	if len(m.lives) >= m.opts.MaxSandboxes {
-		return nil, errs.New(errs.Exhausted, "this node is full (%d sandboxes)", m.opts.MaxSandboxes)
-	}
-	slot, ok := m.slots.acquire(time.Now())
-	if !ok {
-		return nil, errs.New(errs.Exhausted, "no network slot of this node is free; try again in a few seconds")
-	}
-	started := now()
-	m.lastGeneration = max(m.lastGeneration+1, uint64(started.UnixMilli()))
-	rec := record{Slot: slot, Root: tmpl.Root, Sandbox: Sandbox{
+	rec := record{Slot: slot, Root: from.Root, User: cmp.Or(from.User, "user"), Workdir: from.Workdir, Sandbox: Sandbox{
 		ID:              newID(),
-		Generation:      m.lastGeneration,
+		Generation:      m.nextGenerationLocked(started),
 		State:           StateCreating,
-		Template:        tmpl.ID,
-		Alias:           alias,
+		Template:        from.ID,
+		Alias:           from.alias,
 		StartedAt:       started,
 		EndAt:           started.Add(spec.Timeout),
 		Timeout:         spec.Timeout,
-		CPUs:            tmpl.CPUs,
-		MemoryMiB:       tmpl.MemoryMiB,
-		DiskMiB:         tmpl.DiskMiB,
+		CPUs:            from.CPUs,
+		MemoryMiB:       from.MemoryMiB,
+		DiskMiB:         from.DiskMiB,
 		Metadata:        maps.Clone(spec.Metadata),
 		Network:         spec.Network.clone(),
 		Team:            spec.Team,
@@ -197,8 +216,32 @@ func (m *Manager) reserve(spec CreateSpec, tmpl Template, alias string) (*life, 
 	l := newLife(rec, m.place(rec), m.log)
 	l.turn <- struct{}{}
 	m.lives[l.id] = l
-	m.stats.sandboxes.Inc()
 	return l, nil
+}
+
+// admitLocked takes a slot for a sandbox that is to start, unless the node is full or in no state for it.
+func (m *Manager) admitLocked() (slot int, at time.Time, err error) {
+	if m.draining {
+		return 0, at, errStopping
+	}
+	if m.broken {
+		return 0, at, errs.New(errs.Unavailable, "this node cannot start sandboxes: its host's network is not in order")
+	}
+	if m.activeLocked() >= m.opts.MaxSandboxes {
+		return 0, at, errs.New(errs.Exhausted, "this node is full (%d sandboxes)", m.opts.MaxSandboxes)
+	}
+	slot, ok := m.slots.acquire(time.Now())
+	if !ok {
+		return 0, at, errs.New(errs.Exhausted, "no network slot of this node is free; try again in a few seconds")
+	}
+	poke(m.slotTaken)
+	return slot, now(), nil
+}
+
+// nextGenerationLocked is later than all before, also than those of sandboxes that are gone.
+func (m *Manager) nextGenerationLocked(at time.Time) uint64 {
+	m.lastGeneration = max(m.lastGeneration+1, uint64(at.UnixMilli()))
+	return m.lastGeneration
 }
 
 // createError gives the failure of a create the meaning that its caller can use, and logs what only we can.
@@ -227,15 +270,23 @@ func hashOf(token string) TokenHash {
 }
 
 // initRequest is what a guest is told about itself. A caller's variables win over ours, and both over what the template has set.
-func initRequest(l *life, spec CreateSpec, tmpl Template) guest.InitRequest {
-	env := map[string]string{"E2B_SANDBOX": "true", "E2B_SANDBOX_ID": l.id, "E2B_TEMPLATE_ID": tmpl.ID}
+func initRequest(rec record, spec CreateSpec) guest.InitRequest {
+	env := identityOf(rec.Sandbox)
 	maps.Copy(env, spec.EnvVars)
 	return guest.InitRequest{
 		EnvVars:        env,
+		MergeEnv:       true,
 		AccessToken:    spec.EnvdToken,
-		DefaultUser:    cmp.Or(tmpl.User, "user"),
-		DefaultWorkdir: tmpl.Workdir,
-		Hostname:       l.id,
-		LifecycleID:    fmt.Sprintf("%s-%d", l.id, l.generation),
+		Timestamp:      time.Now(),
+		DefaultUser:    rec.User,
+		DefaultWorkdir: rec.Workdir,
+		Hostname:       rec.Sandbox.ID,
+		LifecycleID:    lifecycleID(rec.Sandbox),
 	}
 }
+
+func identityOf(sb Sandbox) map[string]string {
+	return map[string]string{"E2B_SANDBOX": "true", "E2B_SANDBOX_ID": sb.ID, "E2B_TEMPLATE_ID": sb.Template}
+}
+
+func lifecycleID(sb Sandbox) string { return fmt.Sprintf("%s-%d", sb.ID, sb.Generation) }

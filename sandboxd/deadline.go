@@ -92,7 +92,7 @@ func (m *Manager) checkTimeout(d time.Duration) error {
 	return nil
 }
 
-// keepDeadlines ends every sandbox whose time has come.
+// keepDeadlines kills or pauses every sandbox whose time has come.
 func (m *Manager) keepDeadlines(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -107,7 +107,7 @@ func (m *Manager) keepDeadlines(ctx context.Context) error {
 	}
 }
 
-// expire condemns the sandboxes past their end and returns how long it is until the next one.
+// expire ends the run of the sandboxes past their end and returns how long it is until the next one.
 func (m *Manager) expire(now time.Time) (next time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -118,8 +118,7 @@ func (m *Manager) expire(now time.Time) (next time.Duration) {
 		}
 		left := l.rec.Sandbox.EndAt.Sub(now)
 		if left <= 0 {
-			m.condemnLocked(l, GoneTimeout)
-			continue
+			left = m.endLocked(l, now)
 		}
 		next = min(next, left)
 	}

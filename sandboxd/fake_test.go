@@ -30,16 +30,22 @@ type fakeHost struct {
 }
 
 type fakeNetwork struct {
-	fence  egress.Policy
-	fenced bool
+	fence    egress.Policy
+	fenced   bool
+	prepared bool // and not taken yet
 }
 
 type fakeProc struct {
 	host      *fakeHost
 	id        string
+	dir       string
 	slot      int
 	committed bool
 	init      guest.InitRequest
+	memory    string // what runs in it: tests write it and look for it
+	booted    bool   // its memory began empty
+	frozen    bool
+	went      []guest.ResumeRequest // when it went on
 	done      chan struct{}
 	err       error
 	listeners map[uint16]net.Listener
@@ -58,12 +64,12 @@ func (h *fakeHost) crash() *fakeHost {
 	defer h.mu.Unlock()
 	after := newFakeHost()
 	for slot, n := range h.networks {
-		after.networks[slot] = &fakeNetwork{n.fence, n.fenced}
+		after.networks[slot] = new(*n)
 	}
 	for id, p := range h.procs {
 		if p.committed {
 			after.procs[id] = &fakeProc{
-				host: after, id: id, slot: p.slot, committed: true, init: p.init,
+				host: after, id: id, slot: p.slot, committed: true, init: p.init, memory: p.memory, booted: p.booted, frozen: p.frozen,
 				done: make(chan struct{}), listeners: p.listeners,
 			}
 		}
@@ -165,6 +171,11 @@ func (h *fakeHost) die(id string, err error) {
 }
 
 func (h *fakeHost) dieLocked(p *fakeProc, err error) {
+	select {
+	case <-p.done:
+		return
+	default:
+	}
 	p.err = err
 	close(p.done)
 	for _, ln := range p.listeners {
@@ -173,10 +184,30 @@ func (h *fakeHost) dieLocked(p *fakeProc, err error) {
 	delete(h.procs, p.id)
 }
 
+// remember writes what runs in a sandbox.
+func (h *fakeHost) remember(id, memory string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.procs[id].memory = memory
+}
+
+// look returns a copy of a process as it is, without what only tests in it need; nil when there is none.
+func (h *fakeHost) look(id string) *fakeProc {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.procs[id] == nil {
+		return nil
+	}
+	return new(*h.procs[id])
+}
+
 type fakeMachine struct {
 	host  *fakeHost
 	slots int
 }
+
+// plainMachine is one that can do no more than every machine.
+type plainMachine struct{ Machine }
 
 func (m fakeMachine) Name() string                    { return "fake" }
 func (m fakeMachine) Slots() int                      { return m.slots }
@@ -194,9 +225,30 @@ func (m fakeMachine) Close(context.Context) error {
 }
 
 func (m fakeMachine) Start(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Instance, error) {
+	proc, err := m.enter(ctx, p, fence, reached)
+	if err != nil {
+		return nil, err
+	}
+	proc.booted = true
+	if p.Root != "" {
+		memory, err := os.ReadFile(p.Root + "/memory")
+		if err != nil {
+			return nil, err
+		}
+		proc.memory, proc.booted = string(memory), false
+	}
+	if err := os.WriteFile(p.Dir+"/rw", []byte("private layer"), 0o600); err != nil {
+		return nil, err
+	}
+	reached(StepLayer)
+	return proc, m.launch(ctx, proc, reached)
+}
+
+// enter gives a place its network with the rules in it.
+func (m fakeMachine) enter(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (*fakeProc, error) {
 	h := m.host
 	h.mu.Lock()
-	if h.networks[p.Slot] != nil || h.procs[p.ID] != nil {
+	if n := h.networks[p.Slot]; n != nil && !n.prepared || h.procs[p.ID] != nil {
 		h.mu.Unlock()
 		return nil, fmt.Errorf("slot %d or sandbox %s exists", p.Slot, p.ID)
 	}
@@ -210,24 +262,180 @@ func (m fakeMachine) Start(ctx context.Context, p Place, fence egress.Policy, re
 		return nil, err
 	}
 	h.mu.Lock()
-	*h.networks[p.Slot] = fakeNetwork{fence, true}
+	*h.networks[p.Slot] = fakeNetwork{fence: fence, fenced: true}
 	h.mu.Unlock()
 	reached(StepFence)
-	if err := os.WriteFile(p.Dir+"/rw", []byte("private layer"), 0o600); err != nil {
-		return nil, err
-	}
-	reached(StepLayer)
-	proc := &fakeProc{host: h, id: p.ID, slot: p.Slot, done: make(chan struct{}), listeners: make(map[uint16]net.Listener)}
+	return &fakeProc{host: h, id: p.ID, dir: p.Dir, slot: p.Slot, done: make(chan struct{}), listeners: make(map[uint16]net.Listener)}, nil
+}
+
+// launch begins the process.
+func (m fakeMachine) launch(ctx context.Context, proc *fakeProc, reached func(Step)) error {
+	h := m.host
 	h.mu.Lock()
-	h.procs[p.ID] = proc
+	h.procs[proc.id] = proc
 	h.mu.Unlock()
 	reached(StepProcess)
 	reached(StepRestored)
 	if err := h.ask(ctx, "start"); err != nil {
-		return nil, err
+		return err
 	}
 	reached(StepStarted)
+	return nil
+}
+
+// Prepare makes the network of a slot ahead.
+func (m fakeMachine) Prepare(ctx context.Context, slot int) error {
+	m.host.mu.Lock()
+	exists := m.host.networks[slot] != nil
+	m.host.networks[slot] = &fakeNetwork{prepared: true}
+	m.host.mu.Unlock()
+	if exists {
+		return fmt.Errorf("slot %d exists", slot)
+	}
+	return m.host.ask(ctx, "prepare")
+}
+
+// fakeSaved is the file in which a paused sandbox is kept.
+type fakeSaved struct {
+	HasMemory bool
+	Memory    string
+	Init      guest.InitRequest
+}
+
+// stepWritten is between two steps: all is saved, and the process still there.
+const stepWritten Step = "written"
+
+func (m fakeMachine) Suspend(ctx context.Context, p Place, i Instance, memory bool, reached func(Step)) (err error) {
+	proc, h := i.(*fakeProc), m.host
+	if err := h.ask(ctx, "freeze"); err != nil {
+		return err
+	}
+	proc.freeze(true)
+	defer func() {
+		if err != nil {
+			proc.freeze(false)
+		}
+	}()
+	reached(StepFrozen)
+	if err := h.ask(ctx, "save"); err != nil {
+		return err
+	}
+	saved := fakeSaved{HasMemory: memory, Init: proc.init}
+	if memory {
+		saved.Memory = proc.memory
+	}
+	if err := saved.write(p); err != nil {
+		return err
+	}
+	reached(stepWritten)
+	h.mu.Lock()
+	h.dieLocked(proc, errors.New("suspended"))
+	h.mu.Unlock()
+	h.note("suspend %s", p.ID)
+	reached(StepSaved)
+	return nil
+}
+
+func (s fakeSaved) write(p Place) error {
+	text, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(p.Dir+"/saved.new", text, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(p.Dir+"/saved.new", p.Dir+"/saved")
+}
+
+func readFakeSaved(p Place) (s fakeSaved, err error) {
+	text, err := os.ReadFile(p.Dir + "/saved")
+	if errors.Is(err, os.ErrNotExist) {
+		return s, errs.New(errs.NotFound, "nothing was saved")
+	}
+	if err != nil {
+		return s, err
+	}
+	if err := json.Unmarshal(text, &s); err != nil {
+		return s, errs.New(errs.Unavailable, "the saved memory is damaged; the disk is kept")
+	}
+	return s, nil
+}
+
+func (m fakeMachine) Saved(p Place) (Saved, error) {
+	s, err := readFakeSaved(p)
+	return Saved{Memory: s.HasMemory, Bytes: int64(len(s.Memory))}, err
+}
+
+func (m fakeMachine) DropMemory(p Place) error {
+	if err := m.host.ask(context.Background(), "drop"); err != nil {
+		return err
+	}
+	s, err := readFakeSaved(p)
+	if err != nil && errs.CodeOf(err) != errs.Unavailable {
+		return err
+	}
+	s.HasMemory, s.Memory = false, ""
+	return s.write(p)
+}
+
+func (m fakeMachine) Resume(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Suspended, error) {
+	saved, err := readFakeSaved(p)
+	if err != nil {
+		return nil, err
+	}
+	proc, err := m.enter(ctx, p, fence, reached)
+	if err != nil {
+		return nil, err
+	}
+	reached(StepLayer)
+	if saved.HasMemory {
+		proc.init, proc.memory, proc.frozen = saved.Init, saved.Memory, true
+	}
+	proc.booted = !saved.HasMemory
+	if err := m.launch(ctx, proc, reached); err != nil {
+		return nil, err
+	}
 	return proc, nil
+}
+
+func (m fakeMachine) Snapshot(ctx context.Context, p Place, i Instance, dir string) error {
+	proc := i.(*fakeProc)
+	proc.freeze(true)
+	defer proc.freeze(false)
+	if err := m.host.ask(ctx, "snapshot"); err != nil {
+		return err
+	}
+	m.host.mu.Lock()
+	memory := proc.memory
+	m.host.mu.Unlock()
+	return os.WriteFile(dir+"/memory", []byte(memory), 0o600)
+}
+
+func (p *fakeProc) freeze(frozen bool) {
+	p.host.mu.Lock()
+	defer p.host.mu.Unlock()
+	p.frozen = frozen
+}
+
+func (p *fakeProc) Memory() bool { return !p.booted }
+
+// Continue gives up the saved memory before the process goes on.
+func (p *fakeProc) Continue(ctx context.Context, r guest.ResumeRequest) error {
+	if err := p.host.ask(ctx, "continue"); err != nil {
+		return err
+	}
+	place := Place{Dir: p.dir}
+	if saved, err := readFakeSaved(place); err == nil {
+		saved.HasMemory, saved.Memory = false, ""
+		if err := saved.write(place); err != nil {
+			return err
+		}
+	}
+	p.host.mu.Lock()
+	p.frozen = false
+	p.went = append(p.went, r)
+	p.host.mu.Unlock()
+	return p.host.ask(ctx, "after continue")
 }
 
 func (m fakeMachine) Adopt(ctx context.Context, p Place, handle json.RawMessage) (Instance, error) {
@@ -244,6 +452,7 @@ func (m fakeMachine) Adopt(ctx context.Context, p Place, handle json.RawMessage)
 	if proc == nil || proc.slot != p.Slot || m.host.networks[p.Slot] == nil {
 		return nil, errors.New("no such process")
 	}
+	proc.dir = p.Dir
 	return proc, nil
 }
 
@@ -272,7 +481,10 @@ func (m fakeMachine) Destroy(ctx context.Context, p Place, reached func(Step)) e
 	return nil
 }
 
-func (m fakeMachine) Log(Place, int64) ([]byte, error) { return nil, nil }
+func (m fakeMachine) Log(p Place, max int64) ([]byte, error) {
+	text := "console of " + p.ID
+	return []byte(text[:min(int64(len(text)), max)]), m.host.ask(context.Background(), "log")
+}
 
 func (m fakeMachine) Occupied(ctx context.Context) ([]int, error) {
 	if err := m.host.ask(ctx, "occupied"); err != nil {
@@ -320,7 +532,7 @@ func (p *fakeProc) SetFence(ctx context.Context, fence egress.Policy) error {
 		return err
 	}
 	p.host.mu.Lock()
-	*p.host.networks[p.slot] = fakeNetwork{fence, true}
+	*p.host.networks[p.slot] = fakeNetwork{fence: fence, fenced: true}
 	p.host.mu.Unlock()
 	return p.host.askOnce("after set fence")
 }

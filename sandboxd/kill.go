@@ -93,7 +93,7 @@ func (m *Manager) bury(l *life) {
 		if m.isClosing() && try >= buryLastTries {
 			return
 		}
-		m.pause(pause, try < buryLastTries)
+		m.wait(context.Background(), pause, try < buryLastTries)
 		pause = min(2*pause, buryPauseMax)
 	}
 	m.stats.removed.UpdateDuration(began)
@@ -111,13 +111,13 @@ func (m *Manager) remove(l *life) error {
 		m.reached(StepWithdrawn)
 	}
 	// A node that dies from here on must not take the sandbox up again. A full disk must not keep it alive either.
-	if err := m.journal.update(m.record(l)); ignoreAbsent(err) != nil {
+	rec := m.record(l)
+	rec.Slot = l.place.Slot // a pause that has come as far as its record may not have given it back
+	if err := m.journal.update(rec); ignoreAbsent(err) != nil {
 		l.log.Warn("record of condemned sandbox not written", zap.Error(err))
 	}
 	m.reached(StepCondemned)
-	if instance := m.instanceOf(l); instance != nil {
-		m.countRefusals(l, instance)
-	}
+	m.countRefusals(l)
 	ctx, cancel := context.WithTimeout(context.Background(), destroyTime)
 	defer cancel()
 	if err := m.machine.Destroy(ctx, l.place, m.reached); err != nil {
@@ -154,38 +154,49 @@ func (m *Manager) resetLinks(l *life) {
 
 // forget ends the life in memory; its slot rests.
 func (m *Manager) forget(l *life) {
-	m.slots.release(l.place.Slot, time.Now())
+	if l.place.Slot != NoSlot {
+		m.slots.release(l.place.Slot, time.Now())
+	}
 	m.mu.Lock()
 	delete(m.lives, l.id)
 	reason, refused := l.reason, l.refused
 	m.mu.Unlock()
-	m.stats.sandboxes.Dec()
 	m.stats.gone[reason].Inc()
 	l.log.Info("sandbox gone", zap.String("reason", string(reason)), zap.Any("refused", refused))
 }
 
 // attend watches a running sandbox: it samples what the guest uses, and when the sandbox dies by itself sees to its end. It is the
-// job of that sandbox until it is condemned or the node stops.
-func (m *Manager) attend(l *life, instance Instance) {
+// job of that lifecycle until it is paused or condemned, or the node stops.
+func (m *Manager) attend(up context.Context, l *life, instance Instance) {
 	tick := time.NewTicker(sampleInterval)
 	defer tick.Stop()
 	quiet := silence{last: time.Now()}
 	for {
 		select {
-		case <-l.ctx.Done():
+		case <-up.Done():
 			return
 		case <-m.closing:
 			return
 		case <-instance.Done():
-			l.log.Warn("sandbox died by itself", zap.Error(instance.Err()))
-			m.condemn(l, GoneDied)
+			m.died(up, l, instance)
 			return
 		case <-tick.C:
-			if err := quiet.note(time.Now(), m.sample(l, instance)); err != nil {
+			if err := quiet.note(time.Now(), m.sample(up, l, instance)); err != nil {
 				l.log.Warn("guest does not answer", zap.Error(err))
 			}
 		}
 	}
+}
+
+// died ends a sandbox whose process has ended by itself. One that is being paused is left to whoever pauses it: that ends it, too.
+func (m *Manager) died(up context.Context, l *life, instance Instance) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if up.Err() != nil || l.rec.Sandbox.State != StateRunning {
+		return
+	}
+	l.log.Warn("sandbox died by itself", zap.Error(instance.Err()))
+	m.condemnLocked(l, GoneDied)
 }
 
 func (m *Manager) isClosing() bool {
@@ -197,8 +208,8 @@ func (m *Manager) isClosing() bool {
 	}
 }
 
-// pause waits; unless insist is set, not longer than the node runs.
-func (m *Manager) pause(d time.Duration, insist bool) {
+// wait returns after d, or when ctx ends; unless insist is set, not later than the node stops.
+func (m *Manager) wait(ctx context.Context, d time.Duration, insist bool) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	closing := m.closing
@@ -208,5 +219,6 @@ func (m *Manager) pause(d time.Duration, insist bool) {
 	select {
 	case <-timer.C:
 	case <-closing:
+	case <-ctx.Done():
 	}
 }

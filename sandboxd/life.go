@@ -26,33 +26,41 @@ const (
 
 var goneReasons = []GoneReason{GoneKilled, GoneTimeout, GoneDied, GoneCreateFailed, GoneLost, GoneShutdown}
 
-// life is one sandbox from reserve to the end. Whoever holds its turn is the one goroutine that may act on it; the state says what
-// that goroutine is doing to everybody else. A transition (creating, killing, and for machines that can: pausing, resuming) is
-// entered under Manager.mu and left by the holder of the turn.
+// life is one sandbox from reserve to the end, over all its lifecycles: each pause ends one, and each resume begins another, with a
+// generation and a slot of its own. Whoever holds its turn is the one goroutine that may act on it; the state says what that goroutine is
+// doing to everybody else. A transition (creating, killing, and for machines that can: pausing, resuming) is entered under Manager.mu
+// and left by the holder of the turn.
 type life struct {
 	// Fixed when registered.
-	id         string
-	generation uint64
-	place      Place
-	log        *zap.Logger
-	turn       chan struct{}   // capacity 1; holding it is having sent to it
-	ctx        context.Context // ends when the sandbox is condemned, and with it whatever the holder of the turn is waiting for
-	cancel     context.CancelFunc
+	id     string
+	log    *zap.Logger
+	turn   chan struct{}   // capacity 1; holding it is having sent to it
+	ctx    context.Context // ends when the sandbox is condemned, and with it whatever the holder of the turn is waiting for
+	cancel context.CancelFunc
 
 	buried chan struct{} // closed after the first attempt to remove it; buryErr is what came of that
 
+	// Guarded by Manager.mu, and changed by the holder of the turn alone, who reads them without it.
+	generation uint64 // of its present lifecycle; of a paused sandbox the last one, which its route still names
+	place      Place  // its slot is NoSlot when nothing of it is on the host but the directory
+	instance   Instance
+	up         context.Context // ends when this lifecycle is not to be reached any more; not nil when instance is not
+	down       context.CancelFunc
+
 	// Guarded by Manager.mu.
-	rec      record
-	instance Instance // not nil once the state is running
+	rec record
 	// unrecorded says that the record on disk is not rec, because it could not be written.
 	unrecorded bool
 	reason     GoneReason // empty until condemned
 	samples    samples
-	refused    egress.Refusals // as of the last look
+	refused    egress.Refusals // by this lifecycle, as of the last look
+	revival    *revival        // the resume that is under way or waits for the end of a pause; nil when there is none
+	wakeAfter  time.Time       // after a wake that failed
+	atEnd      atEnd
 
 	// Owned by the holder of the turn.
 	routed  bool            // a route may exist
-	reset   <-chan struct{} // closed when OnGone has returned; nil before it was called
+	reset   <-chan struct{} // closed when OnGone has returned; nil before it was called for this lifecycle
 	buryErr error           // written before buried is closed
 }
 
@@ -191,6 +199,17 @@ func (m *Manager) setRecord(l *life, rec record) bool {
 	return true
 }
 
+// enterState begins a transition of which the holder of the turn does the rest; false when the sandbox was condemned meanwhile.
+func (m *Manager) enterState(l *life, state State) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if l.condemned() {
+		return false
+	}
+	l.rec.Sandbox.State = state
+	return true
+}
+
 func notFound(id string) error {
 	return errs.New(errs.NotFound, "Sandbox %q doesn't exist or you don't have access to it", clip(id))
 }
@@ -208,9 +227,12 @@ func inTransition(id string, state State) error {
 }
 
 // newID returns "i" and 20 characters of [a-z0-9]: about 103 random bits, and always a DNS label with a port in front of it.
-func newID() string {
+func newID() string { return randomID("i", 20) }
+
+// randomID appends n characters of [a-z0-9] to prefix.
+func randomID(prefix string, n int) string {
 	const alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
-	id := []byte{'i'}
+	id := []byte(prefix)
 	var random [32]byte
 	for {
 		rand.Read(random[:]) // never fails
@@ -219,7 +241,7 @@ func newID() string {
 				continue
 			}
 			id = append(id, alphabet[b%36])
-			if len(id) == 21 {
+			if len(id) == len(prefix)+n {
 				return string(id)
 			}
 		}

@@ -15,7 +15,7 @@ type Place struct {
 	ID        string
 	Dir       string // private directory of this sandbox; removed by the manager, after everything else
 	Slot      int    // network slot and range of user ids; unique among the sandboxes of this node, NoSlot when unknown
-	Root      string // of the template: a directory; "" is the machine's own
+	Root      string // of the template or snapshot: a directory; "" is the machine's own
 	CPUs      int
 	MemoryMiB int
 	DiskMiB   int
@@ -44,7 +44,8 @@ type Machine interface {
 	// process kills the sandbox.
 	Start(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Instance, error)
 	// Adopt takes up a sandbox that an earlier run committed. An error means that it is not whole; nothing is removed. It looks at
-	// the kernel only: a guest that does not answer must not delay the start of the node.
+	// the kernel only: a guest that does not answer must not delay the start of the node. One that a Suspend or Snapshot of that run has
+	// left standing still is a Suspended, and stands still until its Continue.
 	Adopt(ctx context.Context, p Place, handle json.RawMessage) (Instance, error)
 	// Destroy removes everything at the place but its directory, whoever made it and however far that went. It is idempotent. After
 	// a crash either the ID or the slot may be unknown: then what the other one names is removed.
@@ -78,7 +79,8 @@ type Suspender interface {
 	// damaged is Unavailable and names what is kept: the disk.
 	Saved(p Place) (Saved, error)
 	// Snapshot copies a running sandbox, memory and disk, into dir, an empty directory on the file system of the places: from then on it
-	// is a root that Start accepts. The sandbox stands still meanwhile and goes on, also after an error.
+	// is a root that Start accepts, under whatever name, and that may be removed when Start has returned. The sandbox stands still
+	// meanwhile and goes on, also after an error.
 	Snapshot(ctx context.Context, p Place, i Instance, dir string) error
 }
 

@@ -69,7 +69,7 @@ func settle(m *Manager) {
 func (n *node) make(change ...func(*Manager)) {
 	n.t.Helper()
 	m, err := New(Options{
-		StateDir: n.dir, Machine: fakeMachine{n.host, 50}, Publisher: n.cat,
+		StateDir: n.dir, Machine: fakeMachine{n.host, 50}, Publisher: n.cat, ReadySlots: -1, // for tests that count what is on the host
 		OnGone: func(id string, _ uint64) { n.host.note("gone %s", id) },
 	})
 	if err != nil {
@@ -384,8 +384,17 @@ func TestRequestsWaitForEachOther(t *testing.T) {
 }
 
 func TestPauseNamesTheMachine(t *testing.T) {
-	bubble(t, func(t *testing.T, n *node) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(func(m *Manager) { m.machine = plainMachine{m.machine} })
 		sb := n.create(time.Minute)
+		autoPause := spec(time.Minute)
+		autoPause.AutoPause = true
+		_, err := n.m.Create(t.Context(), autoPause)
+		wantError(t, "Create", err, errs.Invalid, "autoPause")
+		_, err = n.m.Snapshot(t.Context(), sb.ID, "")
+		wantError(t, "Snapshot", err, errs.Invalid, "has no snapshots")
+		_, err = n.m.Fork(t.Context(), sb.ID, []ForkSpec{{Timeout: time.Minute}})
+		wantError(t, "Fork", err, errs.Invalid, "has no snapshots")
 		wantError(t, "Pause", n.m.Pause(t.Context(), sb.ID, true), errs.Invalid, "the fake machine of this node has no snapshots")
 		wantError(t, "Pause", n.m.Pause(t.Context(), "inone", true), errs.NotFound, "doesn't exist")
 		n.wantState(sb.ID, StateRunning)
@@ -466,7 +475,6 @@ func TestCreateRefusesBadInput(t *testing.T) {
 			"unknown tag":       {func(s *CreateSpec) { s.Template = "base:v7" }, errs.NotFound, "template 'base:v7' not found"},
 			"unknown namespace": {func(s *CreateSpec) { s.Template = "acme/base" }, errs.NotFound, "not found"},
 			"bad template":      {func(s *CreateSpec) { s.Template = "../etc" }, errs.Invalid, "invalid template reference"},
-			"pause at the end":  {func(s *CreateSpec) { s.AutoPause = true }, errs.Invalid, "autoPause"},
 			"bad deny list":     {func(s *CreateSpec) { s.Network.DenyOut = []string{"nonsense"} }, errs.Invalid, "invalid"},
 		}
 		for name, tt := range tests {

@@ -32,17 +32,17 @@ func (m *Manager) open(ctx context.Context, sandbox string, generation uint64, p
 	if port == 0 {
 		return nil, link.Refused
 	}
-	l, instance, verdict := m.reachable(sandbox, generation)
+	l, instance, up, verdict := m.reachable(sandbox, generation)
 	if verdict != link.Open {
 		return nil, verdict
 	}
 	ctx, cancel := context.WithTimeout(ctx, openTime)
 	defer cancel()
-	ctx, stop := l.within(ctx)
+	stop := context.AfterFunc(up, cancel)
 	defer stop()
 	conn, err := instance.DialPort(ctx, port)
-	// A sandbox that was condemned while we dialled has had its connections reset already: this one would be missed.
-	if l.ctx.Err() != nil {
+	// A sandbox that was paused or condemned while we dialled has had its connections reset already: this one would be missed.
+	if up.Err() != nil {
 		if err == nil {
 			conn.Close()
 		}
@@ -60,24 +60,24 @@ func (m *Manager) open(ctx context.Context, sandbox string, generation uint64, p
 	return nil, link.Busy
 }
 
-// reachable finds the instance of exactly that lifecycle, or the verdict that says why there is none. "Not here" makes an edge
-// drop its route, so a node that is starting says it of nothing: what it does not know yet is busy, and so is what it has not
-// taken up yet.
-func (m *Manager) reachable(sandbox string, generation uint64) (*life, Instance, link.Verdict) {
+// reachable finds the instance of exactly that lifecycle, with the context in which it can be reached, or the verdict that says why there
+// is none. "Not here" makes an edge drop its route, so a node that is starting says it of nothing: what it does not know yet is busy,
+// and so is what it has not taken up yet.
+func (m *Manager) reachable(sandbox string, generation uint64) (*life, Instance, context.Context, link.Verdict) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	l, ok := m.lives[sandbox]
 	switch {
 	case !ok && !m.isReady():
-		return nil, nil, link.Busy
+		return nil, nil, nil, link.Busy
 	case !ok:
-		return nil, nil, link.NotHere
+		return nil, nil, nil, link.NotHere
 	case l.generation != generation:
-		return nil, nil, link.WrongGeneration
+		return nil, nil, nil, link.WrongGeneration
 	case l.rec.Sandbox.State == StateAdopting:
-		return nil, nil, link.Busy
-	case l.rec.Sandbox.State != StateRunning:
-		return nil, nil, link.NotHere
+		return nil, nil, nil, link.Busy
+	case l.instance == nil || l.up.Err() != nil || l.condemned():
+		return nil, nil, nil, link.NotHere
 	}
-	return l, l.instance, link.Open
+	return l, l.instance, l.up, link.Open
 }

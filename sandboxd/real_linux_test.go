@@ -738,7 +738,7 @@ func liveOnce(t *testing.T, n realNode, m *Manager) {
 			t.Errorf("rules in the sandbox's namespace: %v\n%s", err, rules)
 		}
 	}
-	if err := m.sample(m.lives[sb.ID], m.instanceOf(m.lives[sb.ID])); err != nil {
+	if err := m.sample(t.Context(), m.lives[sb.ID], m.instanceOf(m.lives[sb.ID])); err != nil {
 		t.Errorf("sample() = %v", err)
 	}
 	if got, err := m.Metrics(ctx, sb.ID); err != nil || len(got) != 1 || got[0].CPUCount == 0 || got[0].MemTotal == 0 {

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/sluice-edge/sluice/internal/errs"
 )
 
 const (
@@ -38,8 +40,8 @@ func (m *Manager) whenReady(job func(context.Context) error) func(context.Contex
 	}
 }
 
-// reconcile makes the node agree with its records: running sandboxes that are whole are taken up with the same generation, the end
-// of all others begins, and whatever bears our names without a record is removed. Afterwards nothing exists on the host that the
+// reconcile makes the node agree with its records: running sandboxes that are whole are taken up with the same generation, those that
+// are saved are paused, the end of all others begins, and whatever bears our names without a record is removed. Afterwards nothing exists on the host that the
 // manager does not know. It waits for the kernel and, within bounds, for the catalogue; for no guest, and for nothing whose
 // length a guest decides: neither an answer of it nor the removal of what it wrote.
 func (m *Manager) reconcile(ctx context.Context) error {
@@ -49,18 +51,19 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	}
 	var found []survivor
 	for _, rec := range records {
-		if !m.slots.claim(rec.Slot) {
+		if rec.Slot != NoSlot && !m.slots.claim(rec.Slot) {
 			return fmt.Errorf("record of %q names slot %d, which is not free; remove %q when nothing of it runs",
 				rec.Sandbox.ID, rec.Slot, m.journal.path(rec.Sandbox.ID))
 		}
 		l := newLife(rec, m.place(rec), m.log)
-		l.rec.Sandbox.State = StateAdopting
-		l.turn <- struct{}{}
-		l.routed = true // as far as we know
-		found = append(found, survivor{l, rec})
+		l.routed = true                       // as far as we know
+		if rec.Sandbox.State != StatePaused { // of which there is nothing to find, and which may be many
+			l.rec.Sandbox.State = StateAdopting
+			l.turn <- struct{}{}
+			found = append(found, survivor{l, rec})
+		}
 		m.mu.Lock()
 		m.lives[l.id] = l
-		m.stats.sandboxes.Inc()
 		m.lastGeneration = max(m.lastGeneration, l.generation)
 		m.mu.Unlock()
 	}
@@ -97,24 +100,99 @@ type survivor struct {
 	rec  record
 }
 
-// takeUp decides about one sandbox of an earlier run: it runs again, or its removal has begun.
+// takeUp decides about one sandbox of an earlier run: it runs again, or is being paused, or its removal has begun.
+//
+// A crash in a pause or a resume leaves both what is saved and a process, or one of them. Saved memory is the moment at which the guest
+// stood still, so it has not run since: it counts, and the process does not. Without saved memory the process counts. Where there is
+// none, what is saved of the disk is all that is left.
 func (m *Manager) takeUp(ctx context.Context, s survivor) {
 	l, rec := s.life, s.rec
+	saved, isSaved := m.savedOf(l, rec)
+	if isSaved && saved.Memory {
+		m.takeUpPaused(l, rec, saved)
+		return
+	}
 	reason, err := m.tryAdopt(ctx, l, rec)
-	if err == nil {
-		l.endTurn()
+	switch {
+	case err == nil:
 		m.stats.adopted.Inc()
 		l.log.Info("sandbox taken up again", zap.Time("end", rec.Sandbox.EndAt))
-		m.jobs.Go(func() { m.greet(l) })
-		return
-	}
-	if ctx.Err() != nil { // we were stopped, and know nothing about the sandbox
+		if standing(rec) {
+			m.jobs.Go(func() { m.letGoOn(l, rec) })
+			return
+		}
 		l.endTurn()
+		m.jobs.Go(func() { m.greet(l) })
+	case ctx.Err() != nil: // we were stopped, and know nothing about the sandbox
+		l.endTurn()
+	case isSaved:
+		if rec.Sandbox.State == StateResuming {
+			l.log.Warn("sandbox of an earlier run had gone on and was lost, its disk is kept", zap.Error(err))
+		}
+		m.takeUpPaused(l, rec, saved)
+	default:
+		l.log.Warn("sandbox of an earlier run not taken up", zap.Error(err))
+		m.condemn(l, reason)
+		l.endTurn()
+	}
+}
+
+// savedOf looks for what is saved of a sandbox that was between running and paused. Damaged memory is none.
+func (m *Manager) savedOf(l *life, rec record) (saved Saved, ok bool) {
+	if rec.Sandbox.State != StatePausing && rec.Sandbox.State != StateResuming {
+		return Saved{}, false
+	}
+	s, ok := m.machine.(Suspender)
+	if !ok {
+		return Saved{}, false
+	}
+	saved, err := s.Saved(l.place)
+	switch {
+	case err == nil:
+		return saved, true
+	case errs.CodeOf(err) == errs.Unavailable:
+		l.log.Warn("memory of a sandbox of an earlier run is damaged", zap.Error(err))
+		return Saved{Bytes: saved.Bytes}, true
+	case errs.CodeOf(err) != errs.NotFound:
+		l.log.Warn("saved sandbox of an earlier run not found", zap.Error(err))
+	}
+	return Saved{}, false
+}
+
+// takeUpPaused ends the stay on the host of a sandbox that is saved. Nothing waits for that.
+func (m *Manager) takeUpPaused(l *life, rec record, saved Saved) {
+	rec.Sandbox.MemorySaved = saved.Memory
+	m.mu.Lock()
+	if !l.condemned() {
+		l.rec = rec
+		l.rec.Sandbox.State = StatePausing
+	}
+	m.mu.Unlock()
+	l.log.Info("sandbox of an earlier run is paused", zap.Bool("memory", saved.Memory))
+	m.jobs.Go(func() { m.restTakenUp(l, rec) })
+}
+
+// restTakenUp has the turn since the sandbox's record was read.
+func (m *Manager) restTakenUp(l *life, rec record) {
+	defer l.endTurn()
+	if err := m.rest(l, rec, m.reached); err == nil {
+		poke(m.misrouted)
+	}
+}
+
+// standing tells whether a crash may have left the guest standing still.
+func standing(rec record) bool { return rec.Standing || rec.Sandbox.State != StateRunning }
+
+// letGoOn has the turn since the record was read: nobody shall pause a guest that stands still already.
+func (m *Manager) letGoOn(l *life, rec record) {
+	defer l.endTurn()
+	s, ok := l.instance.(Suspended)
+	if !ok {
 		return
 	}
-	l.log.Warn("sandbox of an earlier run not taken up", zap.Error(err))
-	m.condemn(l, reason)
-	l.endTurn()
+	ctx, cancel := context.WithTimeout(l.ctx, greetTime)
+	defer cancel()
+	m.muteUnless(l, s.Continue(ctx, resumeRequest(rec.Sandbox)))
 }
 
 // greet asks the guest of a sandbox that was taken up whether it serves. One that does not answer is kept: its process runs, what
@@ -122,20 +200,32 @@ func (m *Manager) takeUp(ctx context.Context, s survivor) {
 func (m *Manager) greet(l *life) {
 	ctx, cancel := context.WithTimeout(l.ctx, greetTime)
 	defer cancel()
-	if err := m.instanceOf(l).Health(ctx); err != nil && l.ctx.Err() == nil {
-		m.stats.adoptedMute.Inc()
-		l.log.Warn("guest of a sandbox taken up again does not answer, kept", zap.Error(err))
+	instance := m.instanceOf(l)
+	if instance == nil {
+		return // paused already
 	}
+	m.muteUnless(l, instance.Health(ctx))
+}
+
+func (m *Manager) muteUnless(l *life, err error) {
+	if err == nil || l.ctx.Err() != nil {
+		return
+	}
+	m.stats.adoptedMute.Inc()
+	l.log.Warn("guest of a sandbox taken up again does not answer, kept", zap.Error(err))
 }
 
 // tryAdopt checks everything that makes a sandbox whole and that no guest decides, applies its egress rules anew, and makes it
 // running.
 func (m *Manager) tryAdopt(ctx context.Context, l *life, rec record) (GoneReason, error) {
-	if rec.Sandbox.State != StateRunning {
-		return GoneLost, fmt.Errorf("it was %s", rec.Sandbox.State)
-	}
-	if !time.Now().Before(rec.Sandbox.EndAt) {
-		return GoneTimeout, errors.New("its time is over")
+	switch sb := rec.Sandbox; sb.State {
+	case StateRunning:
+		if !time.Now().Before(sb.EndAt) && !sb.AutoPause {
+			return GoneTimeout, errors.New("its time is over")
+		}
+	case StatePausing, StateResuming: // a deadline did not stop those
+	default:
+		return GoneLost, fmt.Errorf("it was %s", sb.State)
 	}
 	ctx, cancel := context.WithTimeout(ctx, adoptTime)
 	defer cancel()
@@ -150,8 +240,15 @@ func (m *Manager) tryAdopt(ctx context.Context, l *life, rec record) (GoneReason
 	if err := instance.SetFence(ctx, fence); err != nil {
 		return GoneLost, fmt.Errorf("apply egress rules: %w", err)
 	}
+	standing := standing(rec)
+	rec.Sandbox.State, rec.Sandbox.MemorySaved, rec.Standing = StateRunning, false, false
 	if !m.adopt(l, rec, instance) {
 		return GoneLost, errors.New("it was condemned meanwhile")
+	}
+	if standing { // to be recorded when it has gone on
+		m.mu.Lock()
+		l.unrecorded = true
+		m.mu.Unlock()
 	}
 	return "", nil
 }

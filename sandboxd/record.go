@@ -16,7 +16,7 @@ import (
 )
 
 const (
-	recordVersion = 1
+	recordVersion = 2 // 2 knows paused sandboxes, which an older node would remove
 	recordFile    = "record.json"
 	recordTemp    = "record.json.new"
 )
@@ -25,9 +25,13 @@ const (
 type record struct {
 	Version int             `json:"version"`
 	Sandbox Sandbox         `json:"sandbox"`
-	Slot    int             `json:"slot"`
+	Slot    int             `json:"slot"` // NoSlot when it is paused
 	Root    string          `json:"root,omitempty"`
+	User    string          `json:"user,omitempty"` // whom its agent runs commands as
+	Workdir string          `json:"workdir,omitempty"`
 	Handle  json.RawMessage `json:"handle,omitempty"` // the machine's; absent until the guest has answered
+	// Standing says that the guest may stand still, for a snapshot: whoever takes it up lets it go on.
+	Standing bool `json:"standing,omitempty"`
 }
 
 // journal keeps one directory per sandbox with its record in it. The directory is made before anything else of the sandbox and

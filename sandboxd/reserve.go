@@ -131,7 +131,7 @@ func (m *Manager) writeOwed() {
 		if !l.tryTurn() {
 			continue
 		}
-		if rec := m.record(l); rec.Sandbox.State == StateRunning && m.journal.update(rec) == nil {
+		if rec := m.record(l); (rec.Sandbox.State == StateRunning || rec.Sandbox.State == StatePaused) && m.journal.update(rec) == nil {
 			m.mu.Lock()
 			l.unrecorded = false
 			m.mu.Unlock()

@@ -47,8 +47,9 @@ func (m *Manager) withdraw(l *life) {
 	}
 }
 
+// routeOf is the route of a sandbox. Between running and paused it says paused; and only what has its memory is woken by traffic.
 func routeOf(sb Sandbox) Published {
-	return Published{
+	p := Published{
 		Sandbox:    sb.ID,
 		Generation: sb.Generation,
 		State:      sb.State,
@@ -59,6 +60,10 @@ func routeOf(sb Sandbox) Published {
 		AutoResume: sb.AutoResume,
 		EnvdHash:   sb.EnvdHash,
 	}
+	if sb.State != StateRunning {
+		p.State, p.EndAt, p.AutoResume = StatePaused, time.Time{}, sb.AutoResume && sb.MemorySaved
+	}
+	return p
 }
 
 // keepRoutes makes the catalogue agree with the node, again and again. This one job is the remedy for a catalogue that was down at
@@ -141,17 +146,28 @@ func (m *Manager) owns(p Published) bool {
 }
 
 func (m *Manager) republish(ctx context.Context, id string) error {
-	l, err := m.running(id)
-	if err != nil || !l.tryTurn() {
+	l := m.settled(id)
+	if l == nil || !l.tryTurn() {
 		return nil
 	}
 	defer l.endTurn()
-	if _, err := m.running(id); err != nil {
+	if m.settled(id) == nil {
 		return nil
 	}
 	ctx, cancel := l.within(ctx)
 	defer cancel()
 	return m.publish(ctx, l, m.record(l).Sandbox)
+}
+
+// settled finds a sandbox that is in no transition; nil when it is.
+func (m *Manager) settled(id string) *life {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	l, ok := m.lives[id]
+	if ok && (l.rec.Sandbox.State == StateRunning || l.rec.Sandbox.State == StatePaused) {
+		return l
+	}
+	return nil
 }
 
 // keepLease renews the node's lease. A catalogue that does not answer is not fatal: the edges see the node as lost until it does.

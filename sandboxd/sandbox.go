@@ -23,6 +23,8 @@ const (
 	StateKilling  State = "killing"
 )
 
+var states = []State{StateCreating, StateAdopting, StateRunning, StatePausing, StatePaused, StateResuming, StateKilling}
+
 // Nonce is what a sandbox's tokens are derived from, together with a key that this package never sees.
 type Nonce [16]byte
 
@@ -94,9 +96,9 @@ type Sandbox struct {
 	ID         string            `json:"id"`
 	Generation uint64            `json:"generation"` // of this lifecycle; a route, a link connection and a pool entry belong to exactly one
 	State      State             `json:"state"`
-	Template   string            `json:"template"` // id of the template
-	Alias      string            `json:"alias"`    // the name the template was asked for by
-	StartedAt  time.Time         `json:"startedAt"`
+	Template   string            `json:"template"`  // id of the template
+	Alias      string            `json:"alias"`     // the name the template was asked for by
+	StartedAt  time.Time         `json:"startedAt"` // of this lifecycle, as is the next
 	EndAt      time.Time         `json:"endAt"`
 	Timeout    time.Duration     `json:"timeoutNanos"` // as asked for at create
 	CPUs       int               `json:"cpus"`
@@ -112,6 +114,8 @@ type Sandbox struct {
 	AutoPause       bool `json:"autoPause,omitempty"`
 	AutoPauseMemory bool `json:"autoPauseMemory,omitempty"`
 	AutoResume      bool `json:"autoResume,omitempty"`
+
+	MemorySaved bool `json:"memorySaved,omitempty"` // of a paused one: it will go on where it was; otherwise it will boot from its disk
 }
 
 // ConnectOptions is what Connect is told.

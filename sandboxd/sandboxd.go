@@ -31,8 +31,8 @@ type Options struct {
 	OnGone func(sandbox string, generation uint64)
 
 	Templates         []Template    // besides the machine's; where it has none besides base and code-interpreter-v1, and the same ID replaces
-	MaxSandboxes      int           // zero means 100; never more than the machine has places
-	ConcurrentCreates int           // zero means 8; further ones wait for a while
+	MaxSandboxes      int           // that are not paused; zero means 100; never more than the machine has places
+	ConcurrentCreates int           // and resumes, and as many pauses and snapshots; zero means 8; further ones wait for a while
 	MaxTimeout        time.Duration // longest life from start; zero means 24h
 	LeaseTTL          time.Duration // of the node's lease; renewed every third of it; zero means 10s
 	ReadySlots        int           // slots prepared ahead where the machine can; zero means 2, less than zero none
@@ -47,14 +47,14 @@ type Options struct {
 
 // Limits on what the manager waits for. They are generous: each is for a part that is broken, not for one that is slow.
 const (
-	createQueueTime = 15 * time.Second // for a turn to create
-	startTime       = 30 * time.Second // until the guest answers
-	guestTime       = 10 * time.Second // one control call to the guest
-	publishTime     = 2 * time.Second  // one write to the catalogue
-	withdrawTime    = time.Second      // delays every kill while the catalogue hangs, so it is short; the routes job repeats it
-	maintainTime    = 5 * time.Second  // one look at what the machine made on the host
-	resetTime       = time.Second      // for the reset of connections; the process is killed even if they will not close
-	destroyTime     = 30 * time.Second // one attempt to remove a sandbox
+	queueTime    = 15 * time.Second // for a turn to create or to save
+	startTime    = 60 * time.Second // until the guest answers, which may have to boot
+	guestTime    = 10 * time.Second // one control call to the guest
+	publishTime  = 2 * time.Second  // one write to the catalogue
+	withdrawTime = time.Second      // delays every kill while the catalogue hangs, so it is short; the routes job repeats it
+	maintainTime = 5 * time.Second  // one look at what the machine made on the host
+	resetTime    = time.Second      // for the reset of connections; the process is killed even if they will not close
+	destroyTime  = 30 * time.Second // one attempt to remove a sandbox
 )
 
 // maxStateDir leaves room in a socket's name, which holds 107 bytes, for "/sandboxes/", an ID of 21 bytes and the name of a file.
@@ -70,6 +70,7 @@ type Manager struct {
 	templates templates
 	journal   journal
 	slots     *slots
+	snapshots *snapshots
 	log       *zap.Logger
 	stats     *stats
 	reached   func(Step) // called after every step of create and removal; the crash tests end the process in it
@@ -77,9 +78,11 @@ type Manager struct {
 	ready     chan struct{} // closed by Run when reconcile is done
 	closing   chan struct{} // closed by close when Run begins to stop
 	close     func()        // any number of times
-	creating  chan struct{} // one token per create in progress
+	creating  chan struct{} // one token per create or resume in progress
+	saving    chan struct{} // one token per pause or snapshot in progress
 	endMoved  chan struct{} // capacity 1: some deadline changed
 	misrouted chan struct{} // capacity 1: the catalogue may disagree with the node
+	slotTaken chan struct{} // capacity 1: fewer slots may be ready than should
 
 	jobs sync.WaitGroup // whatever a method or a job started; added to under mu while not draining, or by a counted job
 
@@ -107,6 +110,7 @@ func New(opts Options) (*Manager, error) {
 	opts.ConcurrentCreates = cmp.Or(opts.ConcurrentCreates, 8)
 	opts.MaxTimeout = cmp.Or(opts.MaxTimeout, 24*time.Hour)
 	opts.LeaseTTL = cmp.Or(opts.LeaseTTL, 10*time.Second)
+	opts.ReadySlots = cmp.Or(opts.ReadySlots, 2)
 	if opts.OnGone == nil {
 		opts.OnGone = func(string, uint64) {}
 	}
@@ -127,16 +131,19 @@ func New(opts Options) (*Manager, error) {
 		templates: newTemplates(opts.Templates, builtin),
 		journal:   journal{filepath.Join(dir, "sandboxes"), &reserve{path: filepath.Join(dir, "reserve")}},
 		slots:     newSlots(opts.Machine.Slots()),
+		snapshots: newSnapshots(filepath.Join(dir, "snapshots")),
 		log:       opts.Log.Named("sandboxd"),
-		stats:     newStats(opts.Metrics),
 		reached:   func(Step) {},
 		ready:     make(chan struct{}),
 		closing:   make(chan struct{}),
 		creating:  make(chan struct{}, opts.ConcurrentCreates),
+		saving:    make(chan struct{}, opts.ConcurrentCreates),
 		endMoved:  make(chan struct{}, 1),
 		misrouted: make(chan struct{}, 1),
+		slotTaken: make(chan struct{}, 1),
 		lives:     make(map[string]*life),
 	}
+	m.stats = newStats(opts.Metrics, m)
 	if places := m.machine.Slots(); m.opts.MaxSandboxes > places {
 		m.log.Warn("machine has fewer places than sandboxes were asked for", zap.Int("sandboxes", places))
 		m.opts.MaxSandboxes = places
@@ -170,6 +177,9 @@ func (m *Manager) Run(ctx context.Context) error {
 		return err
 	}
 	defer lock.Close()
+	if err := m.snapshots.load(m.log); err != nil {
+		return err
+	}
 	if err := m.machine.Setup(ctx); err != nil {
 		return fmt.Errorf("prepare the host for the %s machine: %w", m.machine.Name(), err)
 	}
@@ -180,6 +190,8 @@ func (m *Manager) Run(ctx context.Context) error {
 	jobs.Add("journal", m.keepJournal)
 	jobs.Add("deadlines", m.whenReady(m.keepDeadlines))
 	jobs.Add("routes", m.whenReady(m.keepRoutes))
+	jobs.Add("slots", m.whenReady(m.keepReady))
+	jobs.Add("snapshots", m.whenReady(m.keepSnapshots))
 	err = jobs.Run(ctx)
 	if !m.isReady() {
 		return err // what the records say is left to the next start
@@ -192,14 +204,14 @@ func (m *Manager) Capacity() Capacity {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	return Capacity{
-		Sandboxes:    len(m.lives),
+		Sandboxes:    m.activeLocked(),
 		MaxSandboxes: m.opts.MaxSandboxes,
 		Machine:      m.machine.Name(),
 		Draining:     m.draining || m.broken || !m.isReady(),
 	}
 }
 
-// Get returns a running or paused sandbox.
+// Get returns a sandbox that runs or is paused, or is between the two.
 func (m *Manager) Get(id string) (Sandbox, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
@@ -210,7 +222,7 @@ func (m *Manager) Get(id string) (Sandbox, error) {
 	return l.rec.Sandbox, nil
 }
 
-// List returns all running and paused sandboxes, in no order.
+// List returns all sandboxes that run or are paused, or are between the two, in no order.
 func (m *Manager) List() []Sandbox {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
@@ -227,6 +239,22 @@ func (m *Manager) count() int {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	return len(m.lives)
+}
+
+func (m *Manager) active() int {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return m.activeLocked()
+}
+
+// activeLocked counts the sandboxes that have, or may have, anything on the host besides their directory.
+func (m *Manager) activeLocked() (n int) {
+	for _, l := range m.lives {
+		if l.place.Slot != NoSlot {
+			n++
+		}
+	}
+	return n
 }
 
 // enter begins a method that changes something: it waits until the node is ready and makes Run wait for leave.
@@ -286,8 +314,8 @@ func (m *Manager) maintain(ctx context.Context) error {
 	return m.machine.Maintain(ctx)
 }
 
-// stop ends all lives, or leaves the committed ones to the next run, and waits for every goroutine. When no sandbox is left, nothing
-// of the machine stays on the host either.
+// stop ends all lives, or leaves the committed and the paused ones to the next run, and waits for every goroutine. When no sandbox is
+// left but paused ones, nothing of the machine stays on the host either.
 func (m *Manager) stop() error {
 	m.mu.Lock()
 	m.draining = true
@@ -300,12 +328,15 @@ func (m *Manager) stop() error {
 	m.close()
 	m.announce(context.Background())
 	m.jobs.Wait()
-	n := m.count()
-	if n > 0 && m.opts.KeepSandboxes {
-		return m.releaseAll()
+	readyErr := m.removeReady()
+	if n := m.active(); n > 0 && m.opts.KeepSandboxes {
+		return errors.Join(m.releaseAll(), readyErr)
 	}
-	if n > 0 {
+	if n := m.count(); n > 0 && !m.opts.KeepSandboxes {
 		return fmt.Errorf("%d sandboxes could not be removed; the next start will try again", n)
+	}
+	if readyErr != nil {
+		return readyErr
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), destroyTime)
 	defer cancel()

@@ -19,20 +19,24 @@ type stats struct {
 	created, createFailed, adopted, strangers, removeFailed      *metrics.Counter
 	publishFailed, withdrawFailed, announceFailed, samplesFailed *metrics.Counter
 	adoptedMute, resetSlow, recordFailed, samplesPanicked        *metrics.Counter
-	hostBroken                                                   *metrics.Counter
+	hostBroken, prepareFailed                                    *metrics.Counter
 
-	set       *metrics.Set
-	sandboxes *metrics.Gauge
-	removed   *metrics.Histogram
-	gone      map[GoneReason]*metrics.Counter
-	phase     map[Step]*metrics.Histogram
-	opens     map[link.Verdict]*metrics.Counter
+	paused, pauseFailed, resumed, resumedMute, resumeFailed, woken *metrics.Counter
+	snapshots, snapshotFailed                                      *metrics.Counter
+
+	set     *metrics.Set
+	removed *metrics.Histogram
+	gone    map[GoneReason]*metrics.Counter
+	opens   map[link.Verdict]*metrics.Counter
+	wakes   map[link.Verdict]*metrics.Counter
+
+	createPhase, pausePhase, resumePhase, snapshotPhase map[Step]*metrics.Histogram
 }
 
-func newStats(set *metrics.Set) *stats {
+// newStats registers the counters, and gauges that ask m.
+func newStats(set *metrics.Set, m *Manager) *stats {
 	s := &stats{
 		set:             set,
-		sandboxes:       set.GetOrCreateGauge("sluice_sandboxd_sandboxes", nil),
 		removed:         set.GetOrCreateHistogram("sluice_sandboxd_remove_seconds"),
 		created:         set.GetOrCreateCounter("sluice_sandboxd_created_total"),
 		createFailed:    set.GetOrCreateCounter("sluice_sandboxd_create_failures_total"),
@@ -49,30 +53,72 @@ func newStats(set *metrics.Set) *stats {
 		samplesPanicked: set.GetOrCreateCounter("sluice_sandboxd_sample_panics_total"),
 		samplesFailed:   set.GetOrCreateCounter("sluice_sandboxd_sample_failures_total"),
 		gone:            make(map[GoneReason]*metrics.Counter),
-		phase:           make(map[Step]*metrics.Histogram),
 		opens:           make(map[link.Verdict]*metrics.Counter),
+		wakes:           make(map[link.Verdict]*metrics.Counter),
+		prepareFailed:   set.GetOrCreateCounter("sluice_sandboxd_prepare_failures_total"),
+		paused:          set.GetOrCreateCounter("sluice_sandboxd_paused_total"),
+		pauseFailed:     set.GetOrCreateCounter("sluice_sandboxd_pause_failures_total"),
+		resumed:         set.GetOrCreateCounter("sluice_sandboxd_resumed_total"),
+		resumedMute:     set.GetOrCreateCounter("sluice_sandboxd_resumed_mute_total"),
+		resumeFailed:    set.GetOrCreateCounter("sluice_sandboxd_resume_failures_total"),
+		woken:           set.GetOrCreateCounter("sluice_sandboxd_woken_total"), // resumes that traffic began
+		snapshots:       set.GetOrCreateCounter("sluice_sandboxd_snapshots_made_total"),
+		snapshotFailed:  set.GetOrCreateCounter("sluice_sandboxd_snapshot_failures_total"),
+		createPhase:     phases(set, "create", createSteps),
+		pausePhase:      phases(set, "pause", pauseSteps),
+		resumePhase:     phases(set, "resume", resumeSteps),
+		snapshotPhase:   phases(set, "snapshot", snapshotSteps),
 	}
 	for _, reason := range goneReasons {
 		s.gone[reason] = set.GetOrCreateCounter(fmt.Sprintf("sluice_sandboxd_gone_total{reason=%q}", reason))
 	}
-	for _, step := range createSteps {
-		s.phase[step] = set.GetOrCreateHistogram(fmt.Sprintf("sluice_sandboxd_create_seconds{phase=%q}", step))
-	}
 	for v := link.Open; v <= link.Busy; v++ {
 		s.opens[v] = set.GetOrCreateCounter(fmt.Sprintf("sluice_sandboxd_opens_total{verdict=%q}", v))
+		s.wakes[v] = set.GetOrCreateCounter(fmt.Sprintf("sluice_sandboxd_wakes_total{verdict=%q}", v))
 	}
+	for _, state := range states {
+		set.GetOrCreateGauge(fmt.Sprintf("sluice_sandboxd_sandboxes{state=%q}", state), func() float64 { return float64(m.countIn(state)) })
+	}
+	for _, use := range []slotUse{slotReady, slotUsed, slotResting} {
+		set.GetOrCreateGauge(fmt.Sprintf("sluice_sandboxd_slots{state=%q}", use), func() float64 { return float64(m.slots.count(use)) })
+	}
+	set.GetOrCreateGauge("sluice_sandboxd_snapshots", func() float64 { n, _ := m.snapshots.total(); return float64(n) })
+	set.GetOrCreateGauge("sluice_sandboxd_snapshot_bytes", func() float64 { _, bytes := m.snapshots.total(); return float64(bytes) })
 	return s
+}
+
+// phases are the histograms of what consists of steps.
+func phases(set *metrics.Set, of string, steps []Step) map[Step]*metrics.Histogram {
+	all := make(map[Step]*metrics.Histogram)
+	for _, step := range steps {
+		all[step] = set.GetOrCreateHistogram(fmt.Sprintf("sluice_sandboxd_%s_seconds{phase=%q}", of, step))
+	}
+	return all
+}
+
+func (m *Manager) countIn(state State) (n int) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for _, l := range m.lives {
+		if l.rec.Sandbox.State == state {
+			n++
+		}
+	}
+	return n
 }
 
 func (s *stats) opened(v link.Verdict) { s.opens[v].Inc() }
 
-// phases returns a function that is told after each step of one create, and records how long it took.
-func (s *stats) phases() func(Step) {
+// reporter returns a function that is told after each step of one create, pause, resume or snapshot, and records how long it took.
+func (m *Manager) reporter(phases map[Step]*metrics.Histogram) func(Step) {
 	last := time.Now()
 	return func(step Step) {
 		now := time.Now()
-		s.phase[step].Update(now.Sub(last).Seconds())
+		if h := phases[step]; h != nil {
+			h.Update(now.Sub(last).Seconds())
+		}
 		last = now
+		m.reached(step)
 	}
 }
 
@@ -114,7 +160,13 @@ func (s *stats) refused(before, after egress.Refusals) {
 }
 
 // countRefusals brings the sandbox's count of refused packets up to date.
-func (m *Manager) countRefusals(l *life, instance Instance) {
+func (m *Manager) countRefusals(l *life) {
+	m.mu.RLock()
+	instance, generation := l.instance, l.generation
+	m.mu.RUnlock()
+	if instance == nil {
+		return
+	}
 	now, err := instance.Refusals()
 	if err != nil {
 		if ce := l.log.Check(zap.DebugLevel, "egress counters not read"); ce != nil {
@@ -123,6 +175,10 @@ func (m *Manager) countRefusals(l *life, instance Instance) {
 		return
 	}
 	m.mu.Lock()
+	if l.generation != generation { // paused meanwhile, and resumed with counters that begin anew
+		m.mu.Unlock()
+		return
+	}
 	before := l.refused
 	if total(now) < total(before) { // somebody who read later was faster
 		now = before
@@ -145,30 +201,32 @@ func (m *Manager) Refusals(id string) (egress.Refusals, error) {
 	if err != nil {
 		return egress.Refusals{}, err
 	}
-	m.countRefusals(l, m.instanceOf(l))
+	m.countRefusals(l)
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	return l.refused, nil
 }
 
 // sample asks the guest once. What it answers is the word of hostile code: it is shown to its own tenant and used for nothing.
-func (m *Manager) sample(l *life, instance Instance) error {
-	m.countRefusals(l, instance)
-	got, err := m.askMetrics(l, instance)
+func (m *Manager) sample(up context.Context, l *life, instance Instance) error {
+	m.countRefusals(l)
+	got, err := m.askMetrics(up, l, instance)
 	if err != nil {
 		m.stats.samplesFailed.Inc()
 		return err
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	l.samples.add(metricsOf(got, now()))
+	if up.Err() == nil { // a paused sandbox keeps none
+		l.samples.add(metricsOf(got, now()))
+	}
 	return nil
 }
 
 // askMetrics survives a panic, which nothing else here does. Elsewhere a panic means that an invariant of ours is broken, and the
 // node is better off starting anew. Here it would mean that a library did not stand what a guest sent: nothing of ours is touched
 // before the answer is whole, so there is nothing to distrust, and one guest could end the node of all others every five seconds.
-func (m *Manager) askMetrics(l *life, instance Instance) (got guest.Metrics, err error) {
+func (m *Manager) askMetrics(up context.Context, l *life, instance Instance) (got guest.Metrics, err error) {
 	defer func() {
 		if cause := recover(); cause != nil {
 			err = fmt.Errorf("panic: %v", cause)
@@ -176,7 +234,7 @@ func (m *Manager) askMetrics(l *life, instance Instance) (got guest.Metrics, err
 			l.log.Error("panic while asking a guest for what it uses", zap.Error(err), zap.Stack("stack"))
 		}
 	}()
-	ctx, cancel := context.WithTimeout(l.ctx, sampleTime)
+	ctx, cancel := context.WithTimeout(up, sampleTime)
 	defer cancel()
 	return instance.Metrics(ctx)
 }

@@ -36,6 +36,13 @@ const (
 	StepRunning   Step = "running"   // the record says running
 )
 
+// The steps of a snapshot, in order.
+const (
+	StepStanding Step = "standing" // the record says that the guest may stand still
+	StepCopied   Step = "copied"   // memory and disk are in a directory that nothing names yet, and the guest goes on
+	StepNamed    Step = "named"    // the directory has its name and its description: sandboxes can be made from it
+)
+
 // The steps of removal, in order.
 const (
 	StepWithdrawn Step = "withdrawn" // edges no longer find it, and its connections are reset
@@ -48,5 +55,9 @@ const (
 var (
 	createSteps = []Step{StepRecorded, StepNetwork, StepFence, StepLayer, StepProcess, StepRestored, StepStarted, StepInit, StepHandle,
 		StepCommitted, StepPublished}
-	removeSteps = []Step{StepWithdrawn, StepCondemned, StepStopped, StepUnwired, StepErased}
+	pauseSteps  = []Step{StepPausing, StepHidden, StepFrozen, StepSaved, StepStopped, StepUnwired, StepPaused}
+	resumeSteps = []Step{StepResuming, StepNetwork, StepFence, StepLayer, StepProcess, StepRestored, StepStarted, StepInit, StepHandle,
+		StepCommitted, StepContinued, StepRunning, StepPublished}
+	snapshotSteps = []Step{StepStanding, StepCopied, StepNamed}
+	removeSteps   = []Step{StepWithdrawn, StepCondemned, StepStopped, StepUnwired, StepErased}
 )
