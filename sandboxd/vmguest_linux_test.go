@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"go.uber.org/zap/zaptest"
 	"golang.org/x/sys/unix"
 
@@ -30,7 +29,7 @@ import (
 	"github.com/sluice-edge/sluice/sandboxd/vmm/vmmtest"
 )
 
-// programsVariable says where the agent and the tool of these tests are, inside a nested host.
+// programsDir is where the agent and the tool of these tests are, inside a nested host.
 const programsDir = "/sluice/programs"
 
 // vmPrograms builds the agent and the tool, and takes them into the nested host where that is needed.
@@ -157,69 +156,63 @@ func (h *guestHost) newVM(t *testing.T, disk string) *guestVM {
 	return v
 }
 
+// inNetNS runs do on a thread in a network namespace, which nobody else ever gets.
+func inNetNS(t *testing.T, path string, do func() error) {
+	t.Helper()
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlock it: the thread ends with this goroutine
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err == nil {
+			err = unix.Setns(fd, unix.CLONE_NEWNET)
+			unix.Close(fd)
+		}
+		if err == nil {
+			err = do()
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		t.Fatalf("in the network namespace: %v", err)
+	}
+}
+
 // setUpTap is the node's end of the wire.
 func setUpTap(t *testing.T, path string) {
 	t.Helper()
-	ns, err := netns.GetFromPath(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ns.Close()
-	nl, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nl.Close()
-	tap, err := nl.LinkByName("tap0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := guestNetwork()
-	err = errors.Join(nl.LinkSetHardwareAddr(tap, n.GatewayMAC), nl.LinkSetUp(tap))
-	for _, addr := range []netip.Prefix{netip.PrefixFrom(n.Gateway, n.Addr.Bits()), netip.PrefixFrom(n.Gateway6, n.Addr6.Bits())} {
-		a, perr := netlink.ParseAddr(addr.String())
-		if perr != nil {
-			t.Fatal(perr)
+	inNetNS(t, path, func() error {
+		tap, err := netlink.LinkByName("tap0")
+		if err != nil {
+			return err
 		}
-		a.Flags = unix.IFA_F_NODAD
-		err = errors.Join(err, nl.AddrReplace(tap, a))
-	}
-	if err != nil {
-		t.Fatalf("set up tap: %v", err)
-	}
+		n := guestNetwork()
+		err = errors.Join(netlink.LinkSetHardwareAddr(tap, n.GatewayMAC), netlink.LinkSetUp(tap))
+		for _, addr := range []netip.Prefix{netip.PrefixFrom(n.Gateway, n.Addr.Bits()), netip.PrefixFrom(n.Gateway6, n.Addr6.Bits())} {
+			a, perr := netlink.ParseAddr(addr.String())
+			if perr != nil {
+				return perr
+			}
+			a.Flags = unix.IFA_F_NODAD
+			err = errors.Join(err, netlink.AddrReplace(tap, a))
+		}
+		return err
+	})
 }
 
 // listenIn listens in a network namespace, and holds what connects until the test ends.
 func listenIn(t *testing.T, path, address string) {
 	t.Helper()
-	type result struct {
-		l   net.Listener
-		err error
-	}
-	made := make(chan result)
-	go func() {
-		runtime.LockOSThread() // and never unlock it: the thread ends with this goroutine
-		ns, err := netns.GetFromPath(path)
-		if err == nil {
-			defer ns.Close()
-			err = netns.Set(ns)
-		}
-		var l net.Listener
-		if err == nil {
-			l, err = net.Listen("tcp", address)
-		}
-		made <- result{l, err}
-	}()
-	r := <-made
-	if r.err != nil {
-		t.Fatalf("listen in the network namespace: %v", r.err)
-	}
+	var l net.Listener
+	inNetNS(t, path, func() (err error) {
+		l, err = net.Listen("tcp", address)
+		return err
+	})
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		var held []net.Conn
 		for {
-			conn, err := r.l.Accept()
+			conn, err := l.Accept()
 			if err != nil {
 				break
 			}
@@ -229,7 +222,7 @@ func listenIn(t *testing.T, path, address string) {
 			conn.Close()
 		}
 	}()
-	t.Cleanup(func() { r.l.Close(); <-done })
+	t.Cleanup(func() { l.Close(); <-done })
 }
 
 func (v *guestVM) shape() vmm.Shape {
