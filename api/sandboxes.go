@@ -212,6 +212,9 @@ func (h *handler) PauseSandbox(ctx context.Context, req gen.PauseSandboxRequestO
 	if err != nil {
 		return nil, err
 	}
+	if req.Body != nil && isTrue(req.Body.RequireHealthyGuest) {
+		return nil, notSupported("requireHealthyGuest")
+	}
 	if sb.State == sandboxd.StatePaused {
 		return nil, alreadyPaused(sb.ID)
 	}

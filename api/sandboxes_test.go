@@ -260,6 +260,7 @@ func TestRefusals(t *testing.T) {
 		{"POST", path + "/connect", `{"timeout": 7201}`, "400 Timeout cannot be greater than 2 hours"},
 		{"POST", "/v2" + path + "/connect", `{"timeout": 9223372036854775807}`, "400 Timeout cannot be greater than 2 hours"},
 		{"POST", path + "/pause", `{"memory": "no"}`, `400 validation error: request body at "/memory"`},
+		{"POST", path + "/pause", `{"requireHealthyGuest": true}`, "400 requireHealthyGuest is not supported by this server"},
 		{"POST", path + "/resume", ``, "409 Sandbox"},
 		{"PUT", path + "/network", ``, "400 validation error: request body"},
 		{"PUT", path + "/network", `{"allowOut": [1]}`, `400 validation error: request body at "/allowOut/0"`},

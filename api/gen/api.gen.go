@@ -448,6 +448,9 @@ type UpdateSandboxNetworkJSONBody struct {
 type PauseSandboxJSONBody struct {
 	// Memory False keeps only the files. True when absent.
 	Memory *bool `json:"memory,omitempty"`
+
+	// RequireHealthyGuest True, to pause only while the agent answers, is not supported.
+	RequireHealthyGuest *bool `json:"requireHealthyGuest,omitempty"`
 }
 
 // RefreshSandboxJSONBody defines parameters for RefreshSandbox.
@@ -461,7 +464,7 @@ type CreateSnapshotJSONBody struct {
 	// Memory False is not supported.
 	Memory *bool `json:"memory,omitempty"`
 
-	// Name `[namespace/]alias[:tag]`, to create by besides the id. Of several snapshots with one name the newest counts.
+	// Name `[namespace/]alias`, to create by besides the id. Of several snapshots with one name the newest counts.
 	Name *string `json:"name,omitempty"`
 }
 
