@@ -420,21 +420,33 @@ func (n *Network) addToTable(p plan) error {
 	return err
 }
 
-// removeFromTable undoes addToTable, and forgets the slot's count of flows. Neither the elements nor the table need exist.
+// removeFromTable undoes addToTable, and forgets the slot's count of flows. Neither the elements nor the table need exist. The elements go
+// one by one: to delete what is not there is an error that takes the whole transaction with it, and kernels before 6.3 know no other way.
 func (n *Network) removeFromTable(p plan) error {
 	n.tableMu.Lock()
 	defer n.tableMu.Unlock()
+	table := n.table()
+	var failed []error
+	for _, gone := range []struct {
+		set      *nftables.Set
+		elements []nftables.SetElement
+	}{
+		{slotSet(table, false), slotElement(p.hostDev, p.guest)},
+		{slotSet(table, true), slotElement(p.hostDev, p.guest6)},
+		{flowSet(table), []nftables.SetElement{{Key: ifname(p.hostDev)}}},
+	} {
+		failed = append(failed, deleteElements(gone.set, gone.elements))
+	}
+	return errors.Join(failed...)
+}
+
+// deleteElements deletes elements of a set if they, the set and its table are there.
+func deleteElements(set *nftables.Set, elements []nftables.SetElement) error {
 	conn, err := netfilter.NewConn()
 	if err != nil {
 		return err
 	}
-	table := n.table()
-	err = errors.Join(
-		conn.SetDestroyElements(slotSet(table, false), slotElement(p.hostDev, p.guest)),
-		conn.SetDestroyElements(slotSet(table, true), slotElement(p.hostDev, p.guest6)),
-		conn.SetDestroyElements(flowSet(table), []nftables.SetElement{{Key: ifname(p.hostDev)}}),
-	)
-	if err != nil {
+	if err := conn.SetDeleteElements(set, elements); err != nil {
 		return err
 	}
 	if err := conn.Flush(); !errors.Is(err, unix.ENOENT) {
