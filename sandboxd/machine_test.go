@@ -18,13 +18,13 @@ func TestFakeMachine(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "isuite"), 0o711); err != nil {
 		t.Fatal(err)
 	}
-	testMachine(t, fakeMachine{newFakeHost(), 8}, dir)
+	testMachine(t, fakeMachine{newFakeHost(), 8}, dir, "")
 }
 
-// testMachine is what the manager relies on; every machine passes it. dir holds a directory "isuite".
-func testMachine(t *testing.T, m Machine, dir string) {
+// testMachine is what the manager relies on; every machine passes it. dir holds a directory "isuite"; root is the place's.
+func testMachine(t *testing.T, m Machine, dir, root string) {
 	ctx := t.Context()
-	place := Place{ID: "isuite", Dir: filepath.Join(dir, "isuite"), Slot: 3, CPUs: 1, MemoryMiB: 256, DiskMiB: 256}
+	place := Place{ID: "isuite", Dir: filepath.Join(dir, "isuite"), Slot: 3, Root: root, CPUs: 1, MemoryMiB: 256, DiskMiB: 256}
 	hasSlots := false
 	reached := func(s Step) { hasSlots = hasSlots || s == StepNetwork }
 	must := func(what string, err error) {

@@ -683,7 +683,7 @@ func TestMachines(t *testing.T) {
 			if err := os.Mkdir(filepath.Join(n.dir, "isuite"), 0o711); err != nil {
 				t.Fatal(err)
 			}
-			testMachine(t, m.machine, n.dir)
+			testMachine(t, m.machine, n.dir, "")
 			if err := os.Mkdir(filepath.Join(n.dir, "state", "sandboxes"), 0o711); err != nil {
 				t.Fatal(err)
 			}

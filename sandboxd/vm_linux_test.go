@@ -15,6 +15,7 @@ import (
 
 	"github.com/sluice-edge/sluice/guest"
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/internal/lab"
 	"github.com/sluice-edge/sluice/sandboxd/egress"
 	"github.com/sluice-edge/sluice/sandboxd/image"
 	"github.com/sluice-edge/sluice/sandboxd/netdev"
@@ -31,22 +32,35 @@ func TestVMMachine(t *testing.T) {
 	t.Run("Machine", func(t *testing.T) {
 		m := h.machine(t)
 		dir := h.dir(t, "isuite")
-		testMachine(t, rooted{m, h.template}, dir)
+		testMachine(t, withoutCards{m}, dir, h.template)
 		h.wantClean(t, m)
 	})
-	t.Run("Suspender", func(t *testing.T) { h.testSuspender(t, "next", "write", "read") })
+	t.Run("Suspender", func(t *testing.T) { h.testSuspender(t, words{"next", "write", "read", "READY"}) })
 	t.Run("Warm", h.testWarm)
 	t.Run("Torn", h.testTorn)
 }
 
-// rooted gives every place that names no root this one.
-type rooted struct {
-	*VMMachine
-	root string
+// TestVMMachineReal is the same with the real hypervisor and the real agent.
+func TestVMMachineReal(t *testing.T) {
+	agent, tool := vmPrograms(t)
+	if !lab.InKVM(t) {
+		return
+	}
+	h := newRealVMHost(t, agent, tool)
+	t.Run("Machine", func(t *testing.T) {
+		m := h.machine(t)
+		testMachine(t, m, h.dir(t, "isuite"), h.template)
+		h.wantClean(t, m)
+	})
+	t.Run("Suspender", func(t *testing.T) {
+		h.testSuspender(t, words{"count /run/count", "write /root/word", "cat /root/word", "guestd"})
+	})
 }
 
-func (r rooted) Start(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Instance, error) {
-	p.Root = r.root
+// withoutCards is a machine of VMs that have nobody behind their network cards.
+type withoutCards struct{ *VMMachine }
+
+func (r withoutCards) Start(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Instance, error) {
 	instance, err := r.VMMachine.Start(ctx, p, fence, reached)
 	if err != nil {
 		return nil, err
@@ -54,12 +68,16 @@ func (r rooted) Start(ctx context.Context, p Place, fence egress.Policy, reached
 	return cardless{instance.(*vmSandbox)}, nil
 }
 
-// cardless is a VM that has nobody behind its network card: its ports are reached through the agent.
+// cardless is one of them: its ports are reached through the agent.
 type cardless struct{ *vmSandbox }
 
 func (c cardless) DialPort(ctx context.Context, port uint16) (net.Conn, error) {
 	return c.guest.DialPort(ctx, port)
 }
+
+// words are what a guest's shell understands: next counts in memory and prints the count; write takes a word to the disk, and read prints
+// it. greeting is on its console after a boot.
+type words struct{ next, write, read, greeting string }
 
 // vmHost is where VM machines are tested: a template, not baked, and a store.
 type vmHost struct {
@@ -69,7 +87,7 @@ type vmHost struct {
 	store      *image.Store
 }
 
-func newVMHost(t *testing.T) *vmHost {
+func newVMHost(t testing.TB) *vmHost {
 	t.Helper()
 	state, err := os.MkdirTemp("", "slvm-") // short, for the sockets
 	if err != nil {
@@ -89,7 +107,7 @@ func newVMHost(t *testing.T) *vmHost {
 }
 
 // writeTemplate makes what the fake boots from.
-func (h *vmHost) writeTemplate(t *testing.T, dir string) {
+func (h *vmHost) writeTemplate(t testing.TB, dir string) {
 	t.Helper()
 	err := errors.Join(
 		os.Mkdir(dir, 0o755),
@@ -102,7 +120,38 @@ func (h *vmHost) writeTemplate(t *testing.T, dir string) {
 	}
 }
 
-func (h *vmHost) machine(t *testing.T) *VMMachine {
+// newRealVMHost has a template with the real agent in it.
+func newRealVMHost(t *testing.T, agent, tool string) *vmHost {
+	t.Helper()
+	binary, err := lab.FindVMM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	base := ""
+	if os.Getenv(lab.InsideVariable) != "" {
+		base = lab.NestedDisk
+	}
+	state, err := os.MkdirTemp(base, "slvm-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(state) })
+	h := &vmHost{hypervisor: binary, state: state}
+	if h.store, err = image.OpenStore(filepath.Join(state, "templates")); err != nil {
+		t.Fatal(err)
+	}
+	built, err := image.Build(t.Context(), image.Options{
+		Store: h.store, Name: "guest", From: "dir:" + writeGuestRoot(t, filepath.Join(state, "root"), tool), Agent: agent,
+		Kernel: os.Getenv(lab.KernelRootVariable), DiskMiB: 64, MemoryMiB: 192, CPUs: 1,
+	}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.template = built.Dir
+	return h
+}
+
+func (h *vmHost) machine(t testing.TB) *VMMachine {
 	t.Helper()
 	m, err := NewVMMachine(t.Context(), VMOptions{
 		Hypervisor: h.hypervisor, Templates: h.store, StateDir: h.state, Network: netdev.Config{NamePrefix: "slvt"}, Log: zaptest.NewLogger(t),
@@ -114,7 +163,7 @@ func (h *vmHost) machine(t *testing.T) *VMMachine {
 }
 
 // dir is a directory of places with one in it.
-func (h *vmHost) dir(t *testing.T, id string) string {
+func (h *vmHost) dir(t testing.TB, id string) string {
 	t.Helper()
 	dir, err := os.MkdirTemp(h.state, "s")
 	if err == nil {
@@ -145,7 +194,7 @@ func (h *vmHost) wantClean(t *testing.T, m *VMMachine) {
 
 func ask(t *testing.T, i Instance, command string) string {
 	t.Helper()
-	result, err := i.(*vmSandbox).guest.Exec(t.Context(), guest.ExecRequest{Cmd: command})
+	result, err := i.(*vmSandbox).guest.Exec(t.Context(), guest.ExecRequest{Cmd: command, User: "root"})
 	if err != nil || result.ExitCode != 0 {
 		t.Fatalf("exec %q = %+v, %v", command, result, err)
 	}
@@ -160,16 +209,16 @@ func agentState(t *testing.T, i Instance) (state fakeAgentState) {
 	return state
 }
 
-// testSuspender is what the manager relies on of a machine that can save its sandboxes. next is a command that counts in memory and
-// prints the count; write takes a word to the disk, and read prints it.
-func (h *vmHost) testSuspender(t *testing.T, next, write, read string) {
+// testSuspender is what the manager relies on of a machine that can save its sandboxes.
+func (h *vmHost) testSuspender(t *testing.T, w words) {
+	next, write, read := w.next, w.write, w.read
 	ctx := t.Context()
 	m := h.machine(t)
 	must := mustOf(t)
 	must("setup", m.Setup(ctx))
 	steps := []Step{}
 	reached := func(s Step) { steps = append(steps, s) }
-	place := Place{ID: "isaved", Dir: filepath.Join(h.dir(t, "isaved"), "isaved"), Slot: 3, Root: h.template, CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
+	place := Place{ID: "isaved", Dir: filepath.Join(h.dir(t, "isaved"), "isaved"), Slot: 3, Root: h.template, CPUs: 1, MemoryMiB: 192, DiskMiB: 64}
 	again := place
 	again.Slot = 5
 	if _, err := m.Saved(place); errs.CodeOf(err) != errs.NotFound {
@@ -226,7 +275,7 @@ func (h *vmHost) testSuspender(t *testing.T, next, write, read string) {
 	if saved, err := m.Saved(place); err != nil || saved.Memory {
 		t.Errorf("Saved() = %+v, %v, want a disk alone", saved, err)
 	}
-	if log, err := m.Log(place, 4096); err != nil || !strings.Contains(string(log), "READY") {
+	if log, err := m.Log(place, 4096); err != nil || !strings.Contains(string(log), w.greeting) {
 		t.Errorf("Log of a paused sandbox = %q, %v, want what it said while it ran", log, err)
 	}
 	resumed, err = m.Resume(ctx, place, egress.Policy{}, reached)
@@ -250,7 +299,7 @@ func (h *vmHost) testSuspender(t *testing.T, next, write, read string) {
 	}
 	made := map[*Place]Instance{}
 	for slot, id := range map[int]string{7: "ione", 8: "itwo"} {
-		p := &Place{ID: id, Dir: filepath.Join(h.dir(t, id), id), Slot: slot, Root: root, CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
+		p := &Place{ID: id, Dir: filepath.Join(h.dir(t, id), id), Slot: slot, Root: root, CPUs: 1, MemoryMiB: 192, DiskMiB: 64}
 		instance, err := m.Start(ctx, *p, egress.Policy{}, reached)
 		must("start from snapshot", err)
 		must("init", instance.Init(ctx, guest.InitRequest{MergeEnv: true}))
@@ -290,7 +339,7 @@ func (h *vmHost) testWarm(t *testing.T) {
 	root := filepath.Join(h.state, "baked")
 	h.writeTemplate(t, root)
 	manifest := image.Manifest{
-		Version: 1, Name: "baked", Tag: "default", Build: "b", CPUs: 1, MemoryMiB: 128, DiskMiB: 64, StartCmd: "next", ReadyCmd: "write baked",
+		Version: 1, Name: "baked", Tag: "default", Build: "b", CPUs: 1, MemoryMiB: 192, DiskMiB: 64, StartCmd: "next", ReadyCmd: "write baked",
 		Config: image.Config{Env: []string{"IMAGE=yes", "A=image"}},
 	}
 	m := h.machine(t)
@@ -311,7 +360,7 @@ func (h *vmHost) testWarm(t *testing.T) {
 		h.wantClean(t, m)
 	}()
 	start := func(id string, slot int) (Place, Instance) {
-		p := Place{ID: id, Dir: filepath.Join(h.dir(t, id), id), Slot: slot, Root: root, CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
+		p := Place{ID: id, Dir: filepath.Join(h.dir(t, id), id), Slot: slot, Root: root, CPUs: 1, MemoryMiB: 192, DiskMiB: 64}
 		must("prepare", m.Prepare(ctx, slot))
 		instance, err := m.Start(ctx, p, egress.Policy{}, func(Step) {})
 		must("start", err)
@@ -358,7 +407,7 @@ func (h *vmHost) testTorn(t *testing.T) {
 	m := h.machine(t)
 	must("setup", m.Setup(ctx))
 	ignore := func(Step) {}
-	place := Place{ID: "itorn", Dir: filepath.Join(h.dir(t, "itorn"), "itorn"), Slot: 1, Root: h.template, CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
+	place := Place{ID: "itorn", Dir: filepath.Join(h.dir(t, "itorn"), "itorn"), Slot: 1, Root: h.template, CPUs: 1, MemoryMiB: 192, DiskMiB: 64}
 	instance, err := m.Start(ctx, place, egress.Policy{}, ignore)
 	must("start", err)
 	must("init", instance.Init(ctx, guest.InitRequest{MergeEnv: true}))

@@ -72,6 +72,30 @@ func guestNetwork() guest.Network {
 	}
 }
 
+// writeGuestRoot makes a root file system with the tool as its only program.
+func writeGuestRoot(t *testing.T, root, tool string) string {
+	t.Helper()
+	for name, content := range map[string]string{
+		"etc/group": "root:x:0:\nsudo:x:27:\n", "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n", "etc/sudoers.d/README": "rules\n",
+		"etc/hosts": "127.0.0.1\tlocalhost\n127.0.1.1\told\n", "etc/shadow": "root:*:19000:0:99999:7:::\n", "etc/skel/.profile": "profile\n",
+		"usr/lib/package/file": "of the template\n",
+	} {
+		path := filepath.Join(root, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(content), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	program, err := os.ReadFile(tool)
+	if err == nil {
+		err = errors.Join(os.MkdirAll(filepath.Join(root, "bin"), 0o755), os.WriteFile(filepath.Join(root, "bin/sh"), program, 0o755),
+			os.Symlink("/run/nowhere/resolv.conf", filepath.Join(root, "etc/resolv.conf")), os.Chmod(root, 0o755))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
 func newGuestHost(t *testing.T, agent, tool string) *guestHost {
 	t.Helper()
 	binary, err := lab.FindVMM()
@@ -92,25 +116,7 @@ func newGuestHost(t *testing.T, agent, tool string) *guestHost {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	root := filepath.Join(dir, "root")
-	for name, content := range map[string]string{
-		"etc/group": "root:x:0:\nsudo:x:27:\n", "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n", "etc/sudoers.d/README": "rules\n",
-		"etc/hosts": "127.0.0.1\tlocalhost\n127.0.1.1\told\n", "etc/shadow": "root:*:19000:0:99999:7:::\n", "etc/skel/.profile": "profile\n",
-		"usr/lib/package/file": "of the template\n",
-	} {
-		path := filepath.Join(root, name)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(content), 0o644)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	program, err := os.ReadFile(tool)
-	if err == nil {
-		err = errors.Join(os.MkdirAll(filepath.Join(root, "bin"), 0o755), os.WriteFile(filepath.Join(root, "bin/sh"), program, 0o755),
-			os.Symlink("/run/nowhere/resolv.conf", filepath.Join(root, "etc/resolv.conf")), os.Chmod(root, 0o755))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := writeGuestRoot(t, filepath.Join(dir, "root"), tool)
 	store, err := image.OpenStore(filepath.Join(dir, "templates"))
 	if err != nil {
 		t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -306,14 +307,13 @@ func (s *vmSandbox) awaitUp(ctx context.Context, up *net.UnixListener) error {
 
 // cmdline tells the guest's kernel where its console is, and the agent what its network is: the same in every sandbox.
 func (s *vmSandbox) cmdline() string {
-	words := []string{
-		"console=ttyS0", "panic=-1", "quiet", "loglevel=4", "reboot=t", "random.trust_cpu=on",
-		"sluice.ip=" + netdev.GuestConstant.String() + "/30", "sluice.gw=" + netdev.GuestGateway.String(), "sluice.gwmac=" + netdev.TapMAC.String(),
+	network := guest.Network{
+		Addr: netip.PrefixFrom(netdev.GuestConstant, 30), Gateway: netdev.GuestGateway, GatewayMAC: netdev.TapMAC,
 	}
 	if s.slot.GuestAddr6.IsValid() {
-		words = append(words, "sluice.ip6="+netdev.GuestConstant6.String()+"/126", "sluice.gw6="+netdev.GuestGateway6.String())
+		network.Addr6, network.Gateway6 = netip.PrefixFrom(netdev.GuestConstant6, 126), netdev.GuestGateway6
 	}
-	return strings.Join(words, " ")
+	return "console=ttyS0 panic=-1 quiet loglevel=4 reboot=t random.trust_cpu=on " + network.Cmdline()
 }
 
 // rates are the template's, or the node's.
