@@ -529,9 +529,7 @@ func (n *Nested) putSelf(ctx context.Context, t *testing.T, self string) {
 				return
 			}
 		}
-		if len(files) == 1 {
-			putOnce.err = n.Put(ctx, os.DevNull, "/sluice/dir/.keep")
-		}
+		putOnce.err = n.Put(ctx, os.DevNull, "/sluice/dir/.keep") // where it runs, also without testdata
 	})
 	if putOnce.err != nil {
 		t.Fatalf("take the test into the nested host: %v", putOnce.err)
