@@ -282,6 +282,12 @@ func (p *remote) resize(ctx context.Context, size WindowSize) {
 	_, _ = p.shell.process.Update(ctx, withHeader(p.shell, &process.UpdateRequest{Process: p.selector, Pty: size.message()}))
 }
 
+// Unreachable tells whether an error of Run means that the sandbox is not there, or not at that address.
+func Unreachable(err error) bool {
+	code := connect.CodeOf(err)
+	return code == connect.CodeUnavailable || code == connect.CodeUnimplemented // the latter is what a 404 looks like
+}
+
 // maxSignal is the highest of Linux.
 const maxSignal = 64
 

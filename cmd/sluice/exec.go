@@ -87,7 +87,7 @@ func runExec(ctx context.Context, args []string, con console) error {
 	if err != nil {
 		return err
 	}
-	shell, err := cfg.shell(ctx, client)
+	shell, address, err := cfg.shell(ctx, client)
 	if err != nil {
 		return err
 	}
@@ -111,6 +111,9 @@ func runExec(ctx context.Context, args []string, con console) error {
 	}
 	command.Signals = passSignals(ctx, cancel)
 	code, err := shell.Run(ctx, command)
+	if guest.Unreachable(err) {
+		return fmt.Errorf("%w (is sandbox %s still running, and is %s the way to it? see E2B_SANDBOX_URL)", err, plain(cfg.id), plain(address))
+	}
 	if err != nil {
 		return err
 	}
@@ -120,14 +123,14 @@ func runExec(ctx context.Context, args []string, con console) error {
 	return nil
 }
 
-// shell finds the way to a running sandbox.
-func (c *execConfig) shell(ctx context.Context, client *client) (*guest.Shell, error) {
+// shell finds the way to a running sandbox, and tells its address for messages.
+func (c *execConfig) shell(ctx context.Context, client *client) (shell *guest.Shell, address string, err error) {
 	var sb gen.SandboxDetail
 	if _, err := client.call(ctx, http.MethodGet, sandboxPath(c.id, ""), nil, &sb); err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if sb.State != gen.Running {
-		return nil, fmt.Errorf("sandbox %s is %s: `sluice resume %s` brings it back", plain(sb.SandboxID), plain(string(sb.State)), plain(sb.SandboxID))
+		return nil, "", fmt.Errorf("sandbox %s is %s: `sluice resume %s` brings it back", plain(sb.SandboxID), plain(string(sb.State)), plain(sb.SandboxID))
 	}
 	opts := guest.ShellOptions{URL: c.sandboxURL, Sandbox: sb.SandboxID, User: c.user}
 	if opts.URL == "" {
@@ -136,14 +139,14 @@ func (c *execConfig) shell(ctx context.Context, client *client) (*guest.Shell, e
 			domain = *sb.Domain
 		}
 		if domain = cmp.Or(domain, c.server.domain); domain == "" {
-			return nil, errors.New("the server does not say where its edge is: set E2B_SANDBOX_URL or give -sandbox-url")
+			return nil, "", errors.New("the server does not say where its edge is: set E2B_SANDBOX_URL or give -sandbox-url")
 		}
 		opts.URL = fmt.Sprintf("https://%d-%s.%s", guest.Port, sb.SandboxID, domain)
 	}
 	if sb.EnvdAccessToken != nil {
 		opts.Token = *sb.EnvdAccessToken
 	}
-	return guest.NewShell(opts), nil
+	return guest.NewShell(opts), opts.URL, nil
 }
 
 // passSignals gives the program what this command is told: first to end, and when told again, to be killed. The third time it is left alone,

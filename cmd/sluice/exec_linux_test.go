@@ -81,7 +81,7 @@ func TestExec(t *testing.T) {
 		{[]string{"-env", "A", "i1", "true"}, "want NAME=VALUE"},
 		{[]string{"i1", "no-such-program"}, "no-such-program"},
 		{[]string{"-user", "nobody-here", "i1", "true"}, "invalid username"},
-		{[]string{"-sandbox-url", "http://127.0.0.1:1", "i1", "true"}, "connection refused"},
+		{[]string{"-sandbox-url", "http://127.0.0.1:1", "i1", "true"}, "is http://127.0.0.1:1 the way to it? see E2B_SANDBOX_URL"},
 	} {
 		got := operateWith(t, env, append([]string{"exec"}, test.line...)...)
 		if got.failure == nil || !strings.Contains(got.failure.Error(), test.want) {
