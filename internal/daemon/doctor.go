@@ -163,6 +163,7 @@ func (o *MachineOptions) tryNetwork(ctx context.Context, tap bool) vmm.Finding {
 		if err != nil {
 			return err
 		}
+		defer func() { err = errors.Join(err, network.Close(context.WithoutCancel(ctx))) }() // with the host's table that a slot brings along
 		slot, err := network.Acquire(ctx, 0)
 		if err != nil {
 			return fmt.Errorf("make a network namespace: %w", err)
