@@ -507,25 +507,6 @@ func tryIngress(dev string) error {
 	return conn.Flush()
 }
 
-// Check tries whether this kernel takes every rule that a fence around a virtual machine can have, in a network namespace of its own.
-func Check() error {
-	home, err := openNetNS("/proc/self/ns/net")
-	if err != nil {
-		return err
-	}
-	defer unix.Close(home)
-	r := Compile(Policy{AllowInternet: true}, Forwarded("lo", make(net.HardwareAddr, 6), gateway4.Prev(), gateway6.Next()))
-	return inNetNS(home, func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			return os.NewSyscallError("unshare", err)
-		}
-		if _, err := r.replace(); err != nil {
-			return fmt.Errorf("try egress rules: %w", r.explain(err))
-		}
-		return nil
-	})
-}
-
 // inNetNS runs fn on an operating system thread of its own inside the namespace. The thread ends with fn, and is never the
 // process's first, which cannot end and would keep the namespace for good.
 func inNetNS(ns int, fn func() error) error {

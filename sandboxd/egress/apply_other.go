@@ -11,6 +11,3 @@ func Apply(string, Ruleset) error { return errNotLinux }
 
 // Counters fails like Apply.
 func Counters(string) (Refusals, error) { return Refusals{}, errNotLinux }
-
-// Check fails like Apply.
-func Check() error { return errNotLinux }

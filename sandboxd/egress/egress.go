@@ -13,6 +13,12 @@
 //
 // What is refused is refused visibly: TCP with a reset, everything else with ICMP "administratively prohibited", so that a program
 // sees it when it connects instead of waiting. Each reason has its counter.
+//
+// # A virtual machine
+//
+// Behind a tap (Forwarded) whoever is root can send any frame, not only packets. So there is a second table in the same transaction, which
+// sees each frame before the kernel makes anything of it, and lets pass what an ordinary host sends to its gateway. What it drops is counted
+// and, unlike a refusal, not answered.
 package egress
 
 import (

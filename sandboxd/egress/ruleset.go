@@ -39,7 +39,7 @@ func Local(guest ...netip.Addr) Placement { return Placement{guest: valid(guest)
 
 // Forwarded is for a virtual machine behind a tap device of the namespace: its packets pass the forward hook, and what the node
 // itself sends through the tap passes freely. Whoever is root in the machine can send any frame at all; it may be one from the hardware
-// address mac with a source among guest, to the gateway, or it goes no further than the device. See docs/decisions/0016.
+// address mac with a source among guest, to the gateway, or it goes no further than the device. See docs/decisions/0017.
 func Forwarded(tap string, mac net.HardwareAddr, guest ...netip.Addr) Placement {
 	return Placement{tap: tap, mac: slices.Clone(mac), guest: valid(guest)}
 }

@@ -3,6 +3,9 @@
 // decided here but by the rules that sandboxd/egress puts inside the namespace; the host's table is the second fence behind
 // them. Who uses which slot, and how long a used one rests before the next tenant gets it, is the caller's business.
 //
+// For a virtual machine the namespace is a router: the machine is plugged into a tap there, has the same addresses in every slot, and what
+// it sends leaves with the slot's own.
+//
 // Every name and address follows from the prefix and the index, so whatever a crash left half made can be found and removed
 // without a record of it. The table joins the host's other tables and cannot overrule them: where another firewall drops
 // forwarded packets (Docker's does), it has to be told to let the slots' devices through.
