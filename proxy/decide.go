@@ -16,28 +16,39 @@ type facts struct {
 	target []byte // the request target, for the control paths
 	tokens int    // how many traffic tokens were presented
 	token  []byte // the first of them
+
+	envdTokens int // how many tokens of the agent's
+	envdToken  []byte
 }
 
 // decision is what decide found. With a reason the request is refused; the zero reason lets it pass.
 type decision struct {
 	reason Reason
 	mask   string // Host for the sandbox; empty: the public one
+	wake   bool   // the sandbox is paused, and may be woken for this request
 }
 
 // decide is the whole of who may pass: pure, without I/O, and before any byte reaches the node. The caller has resolved the
 // route: an unknown sandbox is "not found" even on a control path.
 //
-// A paused sandbox is "not found" to everybody until something can wake it: the route says AutoResume and the token has been
-// checked, so that is the place where waking will become a decision of its own.
+// A paused sandbox is "not found", unless it is to be woken by traffic: then by whoever may pass, and by nobody else. The agent
+// checks its token by itself and cannot do it while it is paused, so for its port that is done here, by the hash in the
+// route.
 func decide(route *routing.Route, port uint16, f *facts) decision {
 	if port == envdPort {
 		if isControlPath(f.target) {
 			return decision{reason: ReasonControlPath}
 		}
-		if route.State != routing.Running {
+		switch {
+		case route.State == routing.Running:
+			return decision{}
+		case !route.AutoResume:
 			return decision{reason: ReasonPaused}
+		case route.EnvdHash == [32]byte{}: // the agent asks for none
+		case f.envdTokens != 1 || !auth.TokenMatches(route.EnvdHash, f.envdToken):
+			return decision{reason: ReasonResumeDenied}
 		}
-		return decision{}
+		return decision{wake: true}
 	}
 	if !route.Public() {
 		switch {
@@ -49,10 +60,10 @@ func decide(route *routing.Route, port uint16, f *facts) decision {
 			return decision{reason: ReasonTokenInvalid}
 		}
 	}
-	if route.State != routing.Running {
+	if route.State != routing.Running && !route.AutoResume {
 		return decision{reason: ReasonPaused}
 	}
-	return decision{mask: route.Mask}
+	return decision{mask: route.Mask, wake: route.State != routing.Running}
 }
 
 // controlPaths are envd's calls for the node alone.

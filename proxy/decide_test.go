@@ -17,6 +17,11 @@ func TestDecide(t *testing.T) {
 	paused, pausedPublic := secret, public
 	paused.State, pausedPublic.State = routing.Paused, routing.Paused
 	paused.AutoResume = true
+	pausedAgent := paused // whose agent asks for a token
+	pausedAgent.EnvdHash = auth.HashToken(token[:32])
+	stays := pausedAgent
+	stays.AutoResume = false
+	envd := func(n int, t []byte) facts { return facts{target: []byte("/health"), envdTokens: n, envdToken: t} }
 	tests := []struct {
 		name  string
 		route routing.Route
@@ -36,10 +41,24 @@ func TestDecide(t *testing.T) {
 		{"control path on another port", public, 80, facts{target: []byte("/init")}, decision{mask: "m:${PORT}"}},
 		{"paused, no token", paused, 80, facts{}, decision{reason: ReasonTokenMissing}},
 		{"paused, wrong token", paused, 80, facts{tokens: 1, token: token[1:]}, decision{reason: ReasonTokenInvalid}},
-		{"paused", paused, 80, facts{tokens: 1, token: token}, decision{reason: ReasonPaused}},
+		{"paused, right token twice", paused, 80, facts{tokens: 2, token: token}, decision{reason: ReasonTokenInvalid}},
+		{"paused, the agent's token", pausedAgent, 80, facts{envdTokens: 1, envdToken: token[:32]}, decision{reason: ReasonTokenMissing}},
+		{"paused", paused, 80, facts{tokens: 1, token: token}, decision{mask: "m", wake: true}},
 		{"paused and public", pausedPublic, 80, facts{}, decision{reason: ReasonPaused}},
-		{"paused, envd", paused, envdPort, facts{target: []byte("/health")}, decision{reason: ReasonPaused}},
-		{"paused, control path", paused, envdPort, facts{target: []byte("/init")}, decision{reason: ReasonControlPath}},
+		{"paused, envd without a token of its own", paused, envdPort, envd(0, nil), decision{wake: true}},
+		{"paused, envd, no token", pausedAgent, envdPort, envd(0, nil), decision{reason: ReasonResumeDenied}},
+		{"paused, envd, empty token", pausedAgent, envdPort, envd(1, []byte{}), decision{reason: ReasonResumeDenied}},
+		{"paused, envd, wrong token", pausedAgent, envdPort, envd(1, token), decision{reason: ReasonResumeDenied}},
+		{"paused, envd, right token", pausedAgent, envdPort, envd(1, token[:32]), decision{wake: true}},
+		{"paused, envd, right token twice", pausedAgent, envdPort, envd(2, token[:32]), decision{reason: ReasonResumeDenied}},
+		{"paused, envd, the traffic token", pausedAgent, envdPort, facts{target: []byte("/health"), tokens: 1, token: token},
+			decision{reason: ReasonResumeDenied}},
+		{"paused, control path", pausedAgent, envdPort, facts{target: []byte("/init"), envdTokens: 1, envdToken: token[:32]},
+			decision{reason: ReasonControlPath}},
+		{"paused for good", stays, 80, facts{tokens: 1, token: token}, decision{reason: ReasonPaused}},
+		{"paused for good, envd", stays, envdPort, envd(1, token[:32]), decision{reason: ReasonPaused}},
+		{"running, the agent judges by itself", func() routing.Route { r := pausedAgent; r.State = routing.Running; return r }(), envdPort,
+			envd(1, token), decision{}},
 	}
 	for _, tt := range tests {
 		if got := decide(&tt.route, tt.port, &tt.facts); got != tt.want {

@@ -43,6 +43,8 @@ type edge struct {
 	ports map[life]map[uint16]string
 	wrap  func(link.Target, net.Conn) net.Conn // around what dial opens; nil: nothing
 	dials int
+	wakes int
+	woken func(context.Context, link.Target) error // what the node says to a wake; nil: that nothing is paused
 }
 
 func startEdge(t testing.TB, change ...func(*Options)) *edge {
@@ -93,6 +95,9 @@ func startEdgeOn(t testing.TB, ln net.Listener, change ...func(*Options)) *edge 
 
 // dial is the way of the link: to whoever was put behind a port, or the verdict of a node.
 func (e *edge) dial(ctx context.Context, target link.Target) (net.Conn, error) {
+	if target.Wake {
+		return nil, e.wake(ctx, target)
+	}
 	e.mu.Lock()
 	e.dials++
 	ports, here := e.ports[life{target.Sandbox, target.Generation}]
@@ -110,6 +115,21 @@ func (e *edge) dial(ctx context.Context, target link.Target) (net.Conn, error) {
 		nc = wrap(target, nc)
 	}
 	return nc, err
+}
+
+// wake is the same for a dial that asks for a wake. A node has no better answer than that the lifecycle is another one now.
+func (e *edge) wake(ctx context.Context, target link.Target) error {
+	e.mu.Lock()
+	e.wakes++
+	woken := e.woken
+	e.mu.Unlock()
+	if woken == nil {
+		return &link.VerdictError{Verdict: link.NotHere}
+	}
+	if err := woken(ctx, target); err != nil {
+		return err
+	}
+	return &link.VerdictError{Verdict: link.WrongGeneration}
 }
 
 // sandbox publishes a route; ports says who listens on which.

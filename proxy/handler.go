@@ -50,16 +50,42 @@ func (h *Handler) serve(c *clientConn, x *exchange) error {
 		return h.serveAPI(c, x)
 	}
 	x.port = name.Port
-	err = h.serveSandbox(c, x, name)
-	if moved(err) {
-		// The node knows better than the cached route. Nothing has been sent, so the whole way is gone once more, the
-		// decision included: another lifecycle may have another token.
-		h.stats.rerouted.Inc()
-		h.routes.Forget(x.target.Sandbox, x.target.Generation)
-		x.pool.Forget(x.target.Sandbox, x.target.Generation)
-		err = h.serveSandbox(c, x, name)
+	// When the node knows better than the route, or the sandbox has been woken, the whole way is gone once more, the decision
+	// included: another lifecycle may have another token.
+	for rerouted, woken := false, 0; ; {
+		err := h.serveSandbox(c, x, name)
+		switch {
+		case err == nil:
+			return nil
+		case moved(err) && !rerouted:
+			rerouted = true
+			h.reroute(x, err)
+		case !errors.Is(err, errAsleep):
+			return err
+		case x.wrote:
+			// It met the sandbox running, and a pause has cut it off. Who waits for an answer that never comes would undo
+			// every pause.
+			return &fault{reason: ReasonUpstreamClosed, err: err}
+		case woken == mostWakes:
+			return &fault{reason: ReasonTransitioning, err: err}
+		default:
+			if err := h.wake(c, x); err != nil {
+				return err
+			}
+			woken++
+			rerouted, x.absent = false, 0
+		}
 	}
-	return err
+}
+
+// reroute drops the route that a node has shown to be wrong.
+func (h *Handler) reroute(x *exchange, err error) {
+	h.stats.rerouted.Inc()
+	h.routes.Forget(x.target.Sandbox, x.target.Generation)
+	x.pool.Forget(x.target.Sandbox, x.target.Generation)
+	if v, ok := errors.AsType[*link.VerdictError](err); ok && v.Verdict == link.NotHere {
+		x.absent = x.target.Generation
+	}
 }
 
 // name finds out what the request is for: by its Host, and only where that says nothing by the routing headers.
@@ -88,6 +114,13 @@ func (h *Handler) serveSandbox(c *clientConn, x *exchange, name routing.Name) er
 		return resolveFault(err)
 	}
 	route := target.Route
+	if route.AutoResume && route.Generation == x.absent {
+		// The store says again what the node has denied: it is about to publish the sandbox's pause, or its end. The node knows
+		// which, and is asked as for one that is paused.
+		paused := *route
+		paused.State = routing.Paused
+		route = &paused
+	}
 	x.target = link.Target{
 		Addr: target.Node.LinkAddr, Sandbox: route.Sandbox, Generation: route.Generation, Port: name.Port, Client: c.addr,
 	}
@@ -95,19 +128,18 @@ func (h *Handler) serveSandbox(c *clientConn, x *exchange, name routing.Name) er
 	if route.Ports[name.Port].HTTPS {
 		x.pool = h.linkTLS
 	}
-	f := facts{target: c.head.target, token: c.head.get(fieldTrafficToken)}
-	if f.token != nil {
-		f.tokens = 1
-		if c.head.twice[fieldTrafficToken] {
-			f.tokens = 2
-		}
-	}
+	f := facts{target: c.head.target}
+	f.token, f.tokens = c.head.credential(fieldTrafficToken)
+	f.envdToken, f.envdTokens = c.head.credential(fieldEnvdToken)
 	d := decide(route, name.Port, &f)
 	if d.reason != reasonNone {
 		return &fault{reason: d.reason}
 	}
 	if x.pool == nil {
 		return &fault{reason: ReasonDialFailed, err: errors.New("the port speaks TLS, and no way to it is set")}
+	}
+	if d.wake {
+		return errAsleep
 	}
 	of := life{route.Sandbox, route.Generation}
 	if !h.load.acquire(of) {
@@ -119,6 +151,18 @@ func (h *Handler) serveSandbox(c *clientConn, x *exchange, name routing.Name) er
 		x.rw.protocol = c.head.wantsUpgrade()
 	}
 	return x.run()
+}
+
+// credential returns the first credential under a name and how many there are: two stand for any number.
+func (h *requestHead) credential(f field) (first []byte, n int) {
+	first = h.get(f)
+	switch {
+	case first == nil:
+		return nil, 0
+	case h.twice[f]:
+		return first, 2
+	}
+	return first, 1
 }
 
 // serveAPI forwards to a node's API, which has its own keys: nothing is decided here and no credential is taken out.

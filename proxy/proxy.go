@@ -5,9 +5,9 @@
 // or buffering. It keeps no state that it could not rebuild.
 //
 // The files, in the order in which a request meets them: server.go accepts, client.go reads heads and feeds fasthttp,
-// handler.go is the life of one request, decide.go says who may pass, request.go and answer.go rewrite heads, upstream.go is
-// one exchange with a sandbox, body.go follows chunked bodies, upgrade.go joins two streams, errors.go answers in place
-// of a sandbox. Only server.go knows fasthttp.
+// handler.go is the life of one request, decide.go says who may pass, wake.go waits for a paused sandbox, request.go and
+// answer.go rewrite heads, upstream.go is one exchange with a sandbox, body.go follows chunked bodies, upgrade.go joins two
+// streams, errors.go answers in place of a sandbox. Only server.go knows fasthttp.
 package proxy
 
 import (
@@ -36,6 +36,7 @@ type Routes interface {
 type Upstream interface {
 	Get(ctx context.Context, t link.Target) (*link.Conn, error)
 	GetFresh(ctx context.Context, t link.Target) (*link.Conn, error)
+	Wake(ctx context.Context, t link.Target) error
 	Forget(sandbox string, generation uint64)
 }
 
@@ -106,6 +107,16 @@ type Limits struct {
 	// BodiesPerSandbox bounds the requests to one sandbox lifecycle whose bodies are still arriving; 256. Each may hold some
 	// 3 MiB of the kernel's on its way when the sandbox does not read, which an answer's wait does not. Negative: no bound.
 	BodiesPerSandbox int
+
+	// Wake bounds the wait for a paused sandbox to run; 70s. The node ends it after 65 and then says why.
+	Wake time.Duration
+
+	// Wakes bounds the sandboxes that are being woken at once for this edge; 1024, at a connection and a goroutine each.
+	Wakes int
+
+	// WakesPerClient bounds those that requests from one address began; 64. Each may cost a node gigabytes to be read, for a
+	// request of a line; and whoever keeps many sandboxes may want many at once.
+	WakesPerClient int
 }
 
 func (l *Limits) setDefaults() {
@@ -123,6 +134,9 @@ func (l *Limits) setDefaults() {
 	setDefault(&l.ConnsPerClient, 1024)
 	setDefault(&l.ConnsPerSandbox, 4096)
 	setDefault(&l.BodiesPerSandbox, 256)
+	setDefault(&l.Wake, 70*time.Second)
+	setDefault(&l.Wakes, 1024)
+	setDefault(&l.WakesPerClient, 64)
 	l.HeadBytes = max(l.HeadBytes, len(bufPage{})) // a smaller one would be no bound: a page is read at once
 }
 
@@ -151,6 +165,7 @@ type Handler struct {
 	conns  connCount
 	load   load // requests under way
 	bodies load // of these, those whose body is still arriving
+	wakes  wakes
 }
 
 // New returns a handler. It starts nothing: see Serve.
@@ -181,5 +196,6 @@ func New(opts Options) (*Handler, error) {
 	h.log = h.log.Named("proxy")
 	h.load.init(opts.Limits.ConnsPerSandbox)
 	h.bodies.init(opts.Limits.BodiesPerSandbox)
+	h.wakes.init(&opts.Limits)
 	return h, nil
 }

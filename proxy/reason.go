@@ -27,8 +27,14 @@ const (
 	ReasonTokenMissing
 	ReasonTokenInvalid
 	ReasonPaused
+	ReasonResumeDenied // it is paused, and this client may not have it woken
 	ReasonSandboxCap
 	ReasonBodyCap
+
+	// The wake of a paused sandbox.
+	ReasonWakeClientCap // the client has too many under way
+	ReasonWakeTotalCap  // the edge has
+	ReasonTransitioning // it did not come up, and may the next time
 
 	// The way to the sandbox.
 	ReasonPortClosed
@@ -100,10 +106,19 @@ var refusals = [reasonCount]refusal{
 		message: "Sandbox is secured with traffic access token. Provided token in header 'e2b-traffic-access-token' is invalid"},
 	ReasonPaused: {label: "paused", status: 502, format: formatBody,
 		message: "The sandbox was not found", title: "Sandbox Not Found"},
+	ReasonResumeDenied: {label: "resume_denied", status: 403, format: formatBody, title: "Unable to Resume Sandbox",
+		message: "This sandbox can't be resumed with the credentials provided. Check your access token and try again."},
 	ReasonSandboxCap: {label: "sandbox_cap", status: 429, format: formatBody, retryAfter: "1", limit: true,
 		message: "The sandbox has too many concurrent incoming connections (limit: %d)"},
 	ReasonBodyCap: {label: "body_cap", status: 429, format: formatBody, retryAfter: "1", limit: true,
 		message: "The sandbox has too many concurrent uploads (limit: %d)"},
+
+	ReasonWakeClientCap: {label: "wake_client_cap", status: 429, format: formatBody, retryAfter: "1",
+		message: "Too many paused sandboxes are being resumed for your address", title: "Too Many Requests"},
+	ReasonWakeTotalCap: {label: "wake_total_cap", status: 503, format: formatBody, retryAfter: "1",
+		message: "Too many paused sandboxes are being resumed. Try again in a moment.", title: "Temporarily Unavailable"},
+	ReasonTransitioning: {label: "transitioning", status: 409, format: formatBody, retryAfter: "1",
+		message: "The sandbox is still transitioning. Try again in a moment.", title: "Sandbox Still Transitioning"},
 
 	ReasonPortClosed: {label: "port_closed", status: 502, format: formatBody, port: true,
 		message: "The sandbox is running but port is not open", title: "Closed Port Error"},

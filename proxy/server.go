@@ -23,6 +23,10 @@ type server struct {
 	watch *watcher
 	api   *link.Pool // connections to nodes' API listeners, by address
 
+	// Fixed by Serve before anything runs.
+	ctx context.Context // ends after the drain
+
+	jobs     sync.WaitGroup // what runs beside the connections, until ctx ends
 	draining atomic.Bool
 	conns    sync.WaitGroup
 }
@@ -48,10 +52,11 @@ func (h *Handler) Serve(ctx context.Context, ln net.Listener) error {
 	if err != nil {
 		return err
 	}
-	var jobs sync.WaitGroup
+	jobs := &s.jobs
 	inner, stop := context.WithCancel(context.WithoutCancel(ctx)) // outlives ctx by the drain
 	defer jobs.Wait()
 	defer stop()
+	s.ctx = inner
 	watchErr := make(chan error, 1)
 	jobs.Go(func() { watchErr <- s.watch.Run(inner) })
 	if s.api != nil {

@@ -3,6 +3,7 @@ package proxy
 import (
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 )
@@ -18,6 +19,9 @@ type stats struct {
 	retries  *metrics.Counter
 	rerouted *metrics.Counter
 	panics   *metrics.Counter
+	waiting  *metrics.Counter            // requests that wait for a sandbox to be woken
+	wakes    map[Reason]*metrics.Counter // never written after newStats; reasonNone: the sandbox runs
+	wakeTime *metrics.Histogram          // of those
 }
 
 func newStats(set *metrics.Set) *stats {
@@ -32,6 +36,16 @@ func newStats(set *metrics.Set) *stats {
 		retries:  set.GetOrCreateCounter("sluice_proxy_retries_total"),
 		rerouted: set.GetOrCreateCounter("sluice_proxy_rerouted_total"),
 		panics:   set.GetOrCreateCounter("sluice_proxy_panics_total"),
+		waiting:  set.GetOrCreateCounter("sluice_proxy_wake_waiting"),
+		wakeTime: set.GetOrCreateHistogram("sluice_proxy_wake_seconds"),
+		wakes:    make(map[Reason]*metrics.Counter),
+	}
+	for _, r := range [...]Reason{reasonNone, ReasonNotFound, ReasonTransitioning, ReasonNodeRefused, ReasonDialFailed, ReasonPanic} {
+		result := r.String()
+		if r == reasonNone {
+			result = "woken"
+		}
+		s.wakes[r] = set.GetOrCreateCounter(fmt.Sprintf(`sluice_proxy_wakes_total{result=%q}`, result))
 	}
 	for i := 1; i < len(s.answers); i++ {
 		s.answers[i] = set.GetOrCreateCounter(fmt.Sprintf(`sluice_proxy_answers_total{class="%dxx"}`, i))
@@ -44,6 +58,14 @@ func newStats(set *metrics.Set) *stats {
 
 // refused counts a request that the edge ended.
 func (s *stats) refused(r Reason) { s.reasons[r].Inc() }
+
+// woke counts a wake, which any number of requests may have waited for.
+func (s *stats) woke(r Reason, took time.Duration) {
+	s.wakes[r].Inc()
+	if r == reasonNone {
+		s.wakeTime.Update(took.Seconds())
+	}
+}
 
 // answered counts an answer that a sandbox gave.
 func (s *stats) answered(status int) {

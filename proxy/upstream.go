@@ -60,7 +60,10 @@ type exchange struct {
 	extra     []byte      // what the client sent after it
 	page      *copyPage   // that extra lies in
 
+	absent uint64 // the generation that the node says it does not have, while the store says that it runs
+
 	// The outcome.
+	wrote   bool // a byte of the request is out
 	started bool // a byte of the answer is out
 	keep    bool // the client's connection can take another request
 	status  int
@@ -156,7 +159,9 @@ func (x *exchange) try(up *link.Conn) (tryVerdict, error) {
 			return tryDone, &fault{reason: ReasonClientGone, err: err}
 		}
 	}
-	if n, err := up.Write(x.out); err != nil {
+	n, err := up.Write(x.out)
+	x.wrote = x.wrote || n > 0
+	if err != nil {
 		if up.Reused() && n == 0 {
 			return tryRepeat, err
 		}
