@@ -13,6 +13,8 @@ func TestDebianKernel(t *testing.T) {
 		return
 	}
 	t.Run("hostile machine", TestHostileMachine)
+	t.Run("mutilated frames", TestMutilatedFrames)
+	t.Run("neighbour", TestNeighbourIsPinned)
 	t.Run("forwarded", TestForwarded)
 	t.Run("large frames", TestForwardedLargeFrames)
 	t.Run("resume elsewhere", TestResumeElsewhere)

@@ -85,6 +85,13 @@ func TestForwarded(t *testing.T) {
 		want(addr.String(), "refused")
 	}
 
+	// What else is in the namespace, as the machine's own process, reaches nobody.
+	for _, addr := range []string{"1.1.1.1", cloudflare6, lab.HostAddr.String()} {
+		if got := w.reach(slot.NetNS, "udp", netip.MustParseAddr(addr)); got != "refused" {
+			t.Errorf("%s is %s from the namespace, want refused", addr, got)
+		}
+	}
+
 	// An update cuts what runs, tells the machine, and leaves the node's own connection alone.
 	for _, peer := range []string{"8.8.8.8", google6} {
 		w.mustCut(m.netns, peer, func(deny string) { fence("", deny) })

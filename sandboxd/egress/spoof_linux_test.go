@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-edge/sluice/internal/lab"
@@ -54,6 +56,29 @@ func (h *hostile) write(frames ...[]byte) {
 		if _, err := h.tap.Write(append(make([]byte, vnetHeader), f...)); err != nil {
 			h.Fatalf("write %x: %v", f, err)
 		}
+	}
+}
+
+// writeUnchecked sends a frame of whose checksums nobody will find anything wrong: the header's is made, and that of what it carries is
+// said to be the next card's work.
+func (h *hostile) writeUnchecked(f []byte) {
+	h.Helper()
+	header, at := make([]byte, vnetHeader), 14+40
+	if binary.BigEndian.Uint16(f[12:]) == unix.ETH_P_IP {
+		at = 14 + 20
+		if len(f) >= at {
+			f[24], f[25] = 0, 0
+			binary.BigEndian.PutUint16(f[24:], ^sum(0, f[14:at]))
+		}
+	}
+	if len(f) >= at+8 {
+		const needsChecksum = 1
+		header[0] = needsChecksum
+		binary.NativeEndian.PutUint16(header[6:], uint16(at))
+		binary.NativeEndian.PutUint16(header[8:], 6)
+	}
+	if _, err := h.tap.Write(append(header, f...)); err != nil {
+		h.Fatalf("write %x: %v", f, err)
 	}
 }
 
@@ -457,4 +482,117 @@ func TestHostileMachine(t *testing.T) {
 		t.Errorf("%d packets left with a wrong source, %d to private addresses", w.lab.Strangers(), w.lab.Trapped())
 	}
 	t.Logf("%d attempts", tried)
+}
+
+// TestMutilatedFrames flips bits in frames that may pass and in those that may not: whatever comes out of the slot is a plain packet from
+// the slot's own address to one that its policy allows.
+func TestMutilatedFrames(t *testing.T) {
+	w := newWorldWith(t, netdev.Config{Tap: true})
+	slot, neighbour := w.slot(3), w.slot(4)
+	h := newHostile(w, slot)
+	p := egress.Policy{AllowInternet: true, Deny: []netip.Prefix{netip.MustParsePrefix("8.0.0.0/6"), netip.MustParsePrefix("2001::/16")}}
+	w.fenceMachine(slot, p)
+	rules := egress.Compile(p, egress.Local())
+	var seeds [][]byte
+	for _, a := range attempts(slot, neighbour) {
+		seeds = append(seeds, a.frames...)
+	}
+	for _, f := range []frame{datagram(own4, far4), datagram(own6, far6), segment(own4, far4, flagSYN), segment(own6, far6, flagSYN)} {
+		for range 100 { // half of all
+			seeds = append(seeds, f.bytes())
+		}
+	}
+	random := rand.New(rand.NewPCG(3, 4))
+	came := 0
+	check := func(f []byte) {
+		t.Helper()
+		came++
+		var src, dst netip.Addr
+		plain := true
+		switch kind := binary.BigEndian.Uint16(f[12:]); {
+		case kind == unix.ETH_P_IP && len(f) >= 34:
+			src, dst = netip.AddrFrom4([4]byte(f[26:30])), netip.AddrFrom4([4]byte(f[30:34]))
+			plain = f[14] == 4<<4|5
+		case kind == unix.ETH_P_IPV6 && len(f) >= 54:
+			src, dst = netip.AddrFrom16([16]byte(f[22:38])), netip.AddrFrom16([16]byte(f[38:54]))
+			plain = f[14]>>4 == 6 && f[20] != unix.IPPROTO_HOPOPTS && f[20] != unix.IPPROTO_ROUTING
+		}
+		if src != slot.GuestAddr && src != slot.GuestAddr6 || rules.Verdict(dst) != egress.Allowed || !plain {
+			t.Errorf("from %s to %s, plain %v, came out: %x", src, dst, plain, f)
+		}
+	}
+	for range 80 {
+		for range 50 {
+			f := slices.Clone(seeds[random.IntN(len(seeds))])
+			for range random.IntN(4) {
+				f[random.IntN(min(len(f), 80))] ^= 1 << random.IntN(8)
+			}
+			h.writeUnchecked(f[:max(14, len(f)-random.IntN(8)/7*random.IntN(len(f)))]) // now and then cut short
+		}
+		outside, _ := h.settle()
+		for _, f := range outside {
+			check(f)
+		}
+	}
+	if came == 0 {
+		t.Error("nothing at all came out: nothing was tried")
+	}
+	if w.lab.Strangers() != 0 || w.lab.Trapped() != 0 {
+		t.Errorf("%d packets left with a wrong source, %d to private addresses", w.lab.Strangers(), w.lab.Trapped())
+	}
+	t.Logf("%d frames came out", came)
+}
+
+// TestNeighbourIsPinned: requests that may pass do not change what the namespace knows of its neighbour, whatever else they say.
+func TestNeighbourIsPinned(t *testing.T) {
+	w := newWorldWith(t, netdev.Config{Tap: true})
+	slot := w.slot(3)
+	h := newHostile(w, slot)
+	w.fenceMachine(slot, egress.Policy{AllowInternet: true})
+	nobody, everybody := make(net.HardwareAddr, 6), net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+	gateway := netdev.GuestGateway6.As16()
+	lie := append([]byte{1, 1}, 0x02, 0, 0, 0, 0, 9) // of another hardware address
+	h.write(
+		frame{machineMAC, everybody, unix.ETH_P_ARP, arp(1, machineMAC, own4, nobody, netdev.GuestGateway)}.bytes(),
+		control(own6, netdev.GuestGateway6, 135, slices.Concat(make([]byte, 4), gateway[:], lie)).bytes(),
+		control(own6, netip.MustParseAddr("ff02::1:ff00:1"), 135, slices.Concat(make([]byte, 4), gateway[:], lie)).
+			sentTo(net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, 1}).bytes(),
+	)
+	outside, answers := h.settle()
+	if len(outside) != 0 || len(answers) != 3 {
+		t.Errorf("%x came out, and %d answers, want one for each question: %x", outside, len(answers), answers)
+	}
+	for _, f := range answers {
+		if !bytes.Equal(f[:6], machineMAC) || !bytes.Equal(f[6:12], netdev.TapMAC) {
+			t.Errorf("answered with %x, want it from the tap's card to the machine's", f)
+		}
+	}
+	if got := w.counters(slot); got != (egress.Refusals{}) {
+		t.Errorf("counted %+v, want nothing", got)
+	}
+	if err := lab.Enter(slot.NetNS, func() {
+		tap, err := net.InterfaceByName(netdev.TapName)
+		if err != nil {
+			t.Fatal(err)
+		}
+		neighbours, err := netlink.NeighList(tap.Index, netlink.FAMILY_ALL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pinned := 0
+		for _, n := range neighbours {
+			if n.IP.IsMulticast() {
+				continue
+			}
+			pinned++
+			if n.State != unix.NUD_PERMANENT || !bytes.Equal(n.HardwareAddr, machineMAC) {
+				t.Errorf("%s is at %s in state %#x, want %s for good", n.IP, n.HardwareAddr, n.State, machineMAC)
+			}
+		}
+		if pinned != 2 {
+			t.Errorf("there are %d neighbours, want two: %v", pinned, neighbours)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
 }
