@@ -108,19 +108,26 @@ func isStatus(err error, status int) bool {
 // sandboxPath is the path of a call about one sandbox.
 func sandboxPath(id, call string) string { return "/sandboxes/" + url.PathEscape(id) + call }
 
+// answered is what an answer says besides its body.
+type answered struct {
+	status int
+	header http.Header
+}
+
 // call asks the server and decodes its answer into into, unless that is nil. body may be nil.
-func (c *client) call(ctx context.Context, method, path string, body, into any) (*http.Response, error) {
+func (c *client) call(ctx context.Context, method, path string, body, into any) (answered, error) {
+	var none answered
 	var reader io.Reader
 	if body != nil {
 		raw, err := json.Marshal(body)
 		if err != nil {
-			return nil, fmt.Errorf("encode request: %w", err)
+			return none, fmt.Errorf("encode request: %w", err)
 		}
 		reader = bytes.NewReader(raw)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, c.url+path, reader)
 	if err != nil {
-		return nil, err
+		return none, err
 	}
 	req.Header.Set("X-API-Key", c.key)
 	req.Header.Set("User-Agent", "sluice/"+version)
@@ -129,24 +136,25 @@ func (c *client) call(ctx context.Context, method, path string, body, into any) 
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nil, c.unreachable(err)
+		return none, c.unreachable(err)
 	}
 	defer resp.Body.Close()
+	got := answered{resp.StatusCode, resp.Header}
 	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("read the answer of %s: %w", c.url, err)
+		return none, fmt.Errorf("read the answer of %s: %w", c.url, err)
 	case len(answer) > maxAnswer:
-		return nil, fmt.Errorf("the answer of %s is larger than %d bytes", c.url, maxAnswer)
+		return none, fmt.Errorf("the answer of %s is larger than %d bytes", c.url, maxAnswer)
 	case resp.StatusCode/100 != 2:
-		return nil, c.refused(resp, answer)
+		return none, c.refused(resp, answer)
 	case into == nil:
-		return resp, nil
+		return got, nil
 	}
 	if err := json.Unmarshal(answer, into); err != nil {
-		return nil, fmt.Errorf("%s is no API of Sluice: it answered %s with what is not the JSON expected: %w; see E2B_API_URL", c.url, resp.Status, err)
+		return none, fmt.Errorf("%s is no API of Sluice: it answered %s with what is not the JSON expected: %w; see E2B_API_URL", c.url, resp.Status, err)
 	}
-	return resp, nil
+	return got, nil
 }
 
 // unreachable names what to look at when there was no answer.

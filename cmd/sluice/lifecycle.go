@@ -96,12 +96,12 @@ func runResume(ctx context.Context, args []string, con console) error {
 				return outcome{}, fmt.Errorf("-timeout %v is less than a second", timeout)
 			}
 			body := map[string]any{"timeout": int64(timeout / time.Second), "memory": memory}
-			resp, err := c.call(ctx, http.MethodPost, "/v2"+sandboxPath(id, "/connect"), body, nil)
+			got, err := c.call(ctx, http.MethodPost, "/v2"+sandboxPath(id, "/connect"), body, nil)
 			if err != nil {
 				return outcome{}, err
 			}
 			result := outcome{SandboxID: id, State: "running"}
-			if resp.StatusCode == http.StatusOK {
+			if got.status == http.StatusOK {
 				result.note = " (it was not paused)"
 			}
 			return result, nil

@@ -82,15 +82,15 @@ func runLs(ctx context.Context, args []string, con console) error {
 	silent := ""
 	for {
 		var page []json.RawMessage
-		resp, err := client.call(ctx, http.MethodGet, "/v2/sandboxes?"+query.Encode(), nil, &page)
+		got, err := client.call(ctx, http.MethodGet, "/v2/sandboxes?"+query.Encode(), nil, &page)
 		if err != nil {
 			return err
 		}
 		items = append(items, page...)
-		if n := resp.Header.Get("Sluice-Incomplete"); n != "" {
+		if n := got.header.Get("Sluice-Incomplete"); n != "" {
 			silent = plain(n)
 		}
-		next := resp.Header.Get("X-Next-Token")
+		next := got.header.Get("X-Next-Token")
 		if next == "" {
 			break
 		}
