@@ -196,6 +196,47 @@ func TestKilledSystemFindsItsSandboxes(t *testing.T) {
 	s.awaitStatus(sb, http.StatusBadGateway)
 }
 
+// TestOperatorCommands is a person with two terminals: the system in one, and in the other what it says to paste, and then commands.
+func TestOperatorCommands(t *testing.T) {
+	s := newSystem(t)
+	testkit.Program(t, "guestd")
+	program := testkit.Program(t, "sluice")
+	s.start(nil, program)
+	sb := s.create()
+	for _, step := range []struct {
+		input string
+		line  []string
+		code  int
+		out   string // in what it prints
+	}{
+		{"", []string{"ls"}, 0, sb.SandboxID + "  base "},
+		{"", []string{"ls", "-q", "-state", "paused"}, 0, ""},
+		{"", []string{"ls", "-json"}, 0, `"sandboxID": "` + sb.SandboxID + `"`},
+		{"", []string{"inspect", sb.SandboxID}, 0, "<port>-" + sb.SandboxID + ".sluice.localhost"},
+		{"", []string{"exec", sb.SandboxID, "--", "sh", "-c", "id -un; exit 7"}, 7, "user\n"},
+		{"typed", []string{"exec", "-i", "-user", "root", sb.SandboxID, "sh", "-c", "id -un; cat"}, 0, "root\ntyped"},
+		{"", []string{"exec", "-it", sb.SandboxID, "bash"}, 1, "-t wants its input to be a terminal"},
+		{"", []string{"logs", sb.SandboxID}, 0, ""},
+		{"", []string{"pause", sb.SandboxID}, 1, "the namespace machine of this node has no snapshots"},
+		{"", []string{"resume", sb.SandboxID, "-timeout", "1h"}, 0, sb.SandboxID + " running (it was not paused)"},
+		{"", []string{"kill", sb.SandboxID}, 0, sb.SandboxID + " killed"},
+		{"", []string{"exec", sb.SandboxID, "true"}, 1, "doesn't exist or you don't have access to it"},
+	} {
+		cmd := s.lab.Host.Command(t.Context(), program, step.line...)
+		cmd.Env = append(os.Environ(), "E2B_API_KEY="+s.key, "E2B_API_URL="+url, "E2B_SANDBOX_URL="+url)
+		cmd.Stdin = strings.NewReader(step.input)
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait() // its exit code says it
+		if code := cmd.ProcessState.ExitCode(); code != step.code || !strings.Contains(out.String(), step.out) {
+			t.Errorf("sluice %v = %d with %q, want %d with %q", step.line, code, out.String(), step.code, step.out)
+		}
+	}
+}
+
 func TestTakenPortIsSaidInOneLine(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
