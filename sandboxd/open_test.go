@@ -13,7 +13,10 @@ import (
 	"github.com/sluice-edge/sluice/sandboxd/egress"
 )
 
-var _ link.Backend = (*Manager)(nil)
+var (
+	_ link.Backend = (*Manager)(nil)
+	_ link.Waker   = (*Manager)(nil)
+)
 
 // watchFence calls before when rules are applied.
 type watchFence struct {

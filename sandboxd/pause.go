@@ -94,10 +94,7 @@ func (m *Manager) save(s Suspender, l *life, keepMemory bool, reached func(Step)
 		return err
 	}
 	reached(StepPausing)
-	if err := m.publish(l.ctx, l, rec.Sandbox); err != nil { // the catalogue is no reason to keep it running
-		l.log.Warn("route not updated, will be tried again", zap.Error(err))
-		poke(m.misrouted)
-	}
+	m.tryPublish(l)
 	l.down()
 	m.resetLinks(l)
 	m.countRefusals(l)
@@ -126,9 +123,7 @@ func (m *Manager) runOn(l *life, running record, cause error) error {
 	if !m.adopt(l, running, l.instance) {
 		return inTransition(l.id, StateKilling)
 	}
-	if err := m.publish(l.ctx, l, running.Sandbox); err != nil {
-		poke(m.misrouted)
-	}
+	m.tryPublish(l)
 	l.log.Warn("sandbox not paused, it runs on", zap.Error(cause))
 	return saveError(cause, "Sandbox %q was not paused and runs on", l.id)
 }

@@ -176,7 +176,7 @@ func (m *Manager) takeUpPaused(l *life, rec record, saved Saved) {
 func (m *Manager) restTakenUp(l *life, rec record) {
 	defer l.endTurn()
 	if err := m.rest(l, rec, m.reached); err == nil {
-		poke(m.misrouted)
+		m.tryPublish(l)
 	}
 }
 
@@ -186,13 +186,12 @@ func standing(rec record) bool { return rec.Standing || rec.Sandbox.State != Sta
 // letGoOn has the turn since the record was read: nobody shall pause a guest that stands still already.
 func (m *Manager) letGoOn(l *life, rec record) {
 	defer l.endTurn()
-	s, ok := l.instance.(Suspended)
-	if !ok {
-		return
+	if s, ok := l.instance.(Suspended); ok {
+		ctx, cancel := context.WithTimeout(l.ctx, greetTime)
+		defer cancel()
+		m.muteUnless(l, s.Continue(ctx, resumeRequest(rec.Sandbox)))
 	}
-	ctx, cancel := context.WithTimeout(l.ctx, greetTime)
-	defer cancel()
-	m.muteUnless(l, s.Continue(ctx, resumeRequest(rec.Sandbox)))
+	m.tryPublish(l)
 }
 
 // greet asks the guest of a sandbox that was taken up whether it serves. One that does not answer is kept: its process runs, what

@@ -1,6 +1,7 @@
 package sandboxd
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -109,6 +110,225 @@ func TestCrashDuringReconcile(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// crashAt takes an image of the node after a step of what act does, the first time.
+func (n *node) crashAt(step Step, act func()) *node {
+	n.t.Helper()
+	var image *node
+	n.m.reached = func(s Step) {
+		if s == step && image == nil {
+			image = n.crash()
+		}
+	}
+	act()
+	if image == nil {
+		n.t.Fatalf("step %s was never reached", step)
+	}
+	n.m.reached = func(Step) {}
+	return image
+}
+
+// TestCrashAtEveryStepOfAPause: it runs, as if nobody had asked for the pause, or it is paused, and never anything between.
+func TestCrashAtEveryStepOfAPause(t *testing.T) {
+	for _, memory := range []bool{true, false} {
+		for _, step := range append(slices.Clone(pauseSteps), stepWritten) {
+			t.Run(fmt.Sprintf("%s, memory %v", step, memory), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					n := newNode(t).start()
+					sb := n.create(time.Hour)
+					n.host.remember(sb.ID, "counter 7")
+					image := n.crashAt(step, func() { n.pause(sb.ID, memory) })
+					image.start()
+					synctest.Wait()
+					switch {
+					case step == StepPausing, step == StepHidden, step == StepFrozen, step == stepWritten && !memory:
+						image.wantGoesOn(sb.ID, sb.Generation, "counter 7")
+						image.pause(sb.ID, memory)
+					default:
+						time.Sleep(routesRetry + routesInterval)
+						image.wantPaused(sb.ID, memory)
+					}
+					image.connect(sb.ID)
+					if got := image.host.look(sb.ID); memory && got.memory != "counter 7" || !memory && !got.booted {
+						t.Errorf("resumed as %+v", got)
+					}
+					if err := image.m.Kill(t.Context(), sb.ID); err != nil {
+						t.Error(err)
+					}
+					image.wantNothingLeft()
+				})
+			})
+		}
+	}
+}
+
+// TestCrashAtEveryStepOfAResume: until the guest goes on it is paused as before, afterwards it runs.
+func TestCrashAtEveryStepOfAResume(t *testing.T) {
+	for _, memory := range []bool{true, false} {
+		for _, step := range resumeSteps {
+			if memory && step == StepInit || !memory && step == StepContinued {
+				continue // it has no need of it
+			}
+			t.Run(fmt.Sprintf("%s, memory %v", step, memory), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					n := newNode(t).start()
+					sb := n.create(time.Hour)
+					n.host.remember(sb.ID, "counter 7")
+					n.pause(sb.ID, memory)
+					var got Sandbox
+					image := n.crashAt(step, func() { got = n.connect(sb.ID) })
+					image.start()
+					synctest.Wait()
+					switch {
+					case step == StepContinued, step == StepRunning, step == StepPublished, step == StepCommitted && !memory:
+						image.wantGoesOn(sb.ID, got.Generation, n.host.look(sb.ID).memory)
+						image.pause(sb.ID, memory)
+					default:
+						time.Sleep(routesRetry + routesInterval)
+						image.wantPaused(sb.ID, memory)
+					}
+					image.connect(sb.ID)
+					if got := image.host.look(sb.ID); memory && got.memory != "counter 7" || !memory && !got.booted {
+						t.Errorf("resumed as %+v", got)
+					}
+					if err := image.m.Kill(t.Context(), sb.ID); err != nil {
+						t.Error(err)
+					}
+					image.wantNothingLeft()
+				})
+			})
+		}
+	}
+}
+
+// wantGoesOn checks that a sandbox runs with what it had in memory, and that its record will say so.
+func (n *node) wantGoesOn(id string, generation uint64, memory string) {
+	n.t.Helper()
+	sb, err := n.m.Get(id)
+	if err != nil || sb.State != StateRunning || sb.Generation != generation {
+		n.t.Fatalf("Get() = %v, generation %d, %v, want running with generation %d", sb.State, sb.Generation, err, generation)
+	}
+	if got := n.host.look(id); got.frozen || got.memory != memory {
+		n.t.Errorf("it is frozen: %v, with memory %q, want one that goes on with %q", got.frozen, got.memory, memory)
+	}
+	if p, ok := n.cat.route(id); !ok || !p.equal(routeOf(sb)) {
+		n.t.Errorf("route = %+v, %v", p, ok)
+	}
+	if !n.host.fence(n.host.look(id).slot).AllowInternet {
+		n.t.Error("the rules of the record are not in force")
+	}
+	time.Sleep(2 * journalRetry)
+	rec, err := n.m.journal.read(id)
+	if err != nil || rec.Sandbox.State != StateRunning || rec.Standing || rec.Sandbox.MemorySaved {
+		n.t.Errorf("record = %+v, %v", rec, err)
+	}
+}
+
+// TestCrashAfterACrashInAPause crashes once more while a start brings a half paused, or half resumed, sandbox to rest.
+func TestCrashAfterACrashInAPause(t *testing.T) {
+	for _, first := range []Step{stepWritten, StepSaved, StepUnwired, StepNetwork, StepCommitted} {
+		for _, second := range []Step{StepStopped, StepUnwired, StepPaused} {
+			t.Run(fmt.Sprintf("%s then %s", first, second), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					n := newNode(t).start()
+					sb := n.create(time.Hour)
+					n.host.remember(sb.ID, "counter 7")
+					n.crashTwice(sb, first, second)
+				})
+			})
+		}
+	}
+}
+
+func (n *node) crashTwice(sb Sandbox, first, second Step) {
+	n.t.Helper()
+	once := n.crashAt(first, func() {
+		n.pause(sb.ID, true)
+		n.connect(sb.ID)
+	})
+	var twice *node
+	once.start(func(m *Manager) {
+		m.reached = func(s Step) {
+			if s == second && twice == nil {
+				twice = once.crash()
+			}
+		}
+	})
+	synctest.Wait()
+	if twice == nil {
+		n.t.Fatalf("the start did not reach %s", second)
+	}
+	twice.start()
+	time.Sleep(routesRetry + routesInterval)
+	twice.wantPaused(sb.ID, true)
+	twice.connect(sb.ID)
+	if got := twice.host.look(sb.ID).memory; got != "counter 7" {
+		n.t.Errorf("memory = %q", got)
+	}
+}
+
+// TestCrashAsTheGuestGoesOn: its memory is used up. It runs if its process lives; otherwise the disk is left.
+func TestCrashAsTheGuestGoesOn(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		sb := n.create(time.Hour)
+		n.pause(sb.ID, true)
+		image := n.crashAt(StepContinued, func() { n.connect(sb.ID) })
+		image.host.die(sb.ID, errors.New("the power failed"))
+		image.start()
+		time.Sleep(routesRetry + routesInterval)
+		image.wantPaused(sb.ID, false)
+		image.connect(sb.ID)
+		if !image.host.look(sb.ID).booted {
+			t.Error("it has memory")
+		}
+	})
+}
+
+// TestCrashDuringASnapshot: the source goes on, and the snapshot is whole or not there.
+func TestCrashDuringASnapshot(t *testing.T) {
+	for _, step := range append(slices.Clone(snapshotSteps), "while it stands still") {
+		t.Run(string(step), func(t *testing.T) {
+			bubble(t, func(t *testing.T, n *node) {
+				sb := n.create(time.Hour)
+				n.host.remember(sb.ID, "counter 7")
+				var image *node
+				if slices.Contains(snapshotSteps, step) {
+					image = n.crashAt(step, func() {
+						if _, err := n.m.Snapshot(t.Context(), sb.ID, ""); err != nil {
+							t.Error(err)
+						}
+					})
+				} else {
+					release := n.host.holdUp("snapshot")
+					go n.m.Snapshot(context.Background(), sb.ID, "")
+					synctest.Wait()
+					image = n.crash()
+					release()
+				}
+				image.start()
+				synctest.Wait()
+				image.wantGoesOn(sb.ID, sb.Generation, "counter 7")
+				want := 0
+				if step == StepNamed {
+					want = 1
+				}
+				snapshots := image.m.Snapshots()
+				dirs, err := os.ReadDir(filepath.Join(image.dir, "snapshots"))
+				if err != nil || len(snapshots) != want || len(dirs) != want {
+					t.Fatalf("snapshots %v in directories %v, %v, want %d", snapshots, dirs, err, want)
+				}
+				for _, snap := range snapshots {
+					s := spec(time.Minute)
+					s.Template = snap.ID
+					copied, err := image.m.Create(t.Context(), s)
+					if err != nil || image.host.look(copied.ID).memory != "counter 7" {
+						t.Errorf("Create() from it = %v", err)
+					}
+				}
+			})
+		})
 	}
 }
 
@@ -374,21 +594,39 @@ func TestStartIsRefused(t *testing.T) {
 func TestStorm(t *testing.T) { synctest.Test(t, storm) }
 
 func storm(t *testing.T) {
-	n := newNode(t).start(func(m *Manager) { m.opts.MaxSandboxes = 1000; m.slots = newSlots(1000) })
+	n := newNode(t).start(ready(2), func(m *Manager) {
+		m.opts.MaxSandboxes = 1000
+		m.slots = newSlots(1000)
+	})
 	var wg sync.WaitGroup
 	for i := range 8 {
 		wg.Go(func() {
 			for j := range 15 {
-				sb, err := n.m.Create(t.Context(), spec(time.Hour))
+				s := spec(time.Hour)
+				s.AutoPause, s.AutoPauseMemory, s.AutoResume = j%2 == 0, true, true
+				sb, err := n.m.Create(t.Context(), s)
 				if err != nil {
 					t.Errorf("Create() = %v", err)
 					return
+				}
+				if j%3 > 0 { // half of the time it will still be there
+					var first sync.WaitGroup
+					for range 2 {
+						first.Go(func() { n.m.Pause(t.Context(), sb.ID, true) })
+						first.Go(func() { n.m.Wake(t.Context(), sb.ID, sb.Generation) })
+						first.Go(func() { n.m.Connect(t.Context(), sb.ID, ConnectOptions{Timeout: time.Minute}) })
+					}
+					first.Go(func() { n.m.Snapshot(t.Context(), sb.ID, "") })
+					first.Go(func() { n.m.Log(t.Context(), sb.ID, 100) })
+					first.Wait()
 				}
 				var inner sync.WaitGroup
 				inner.Go(func() { n.m.SetTimeout(t.Context(), sb.ID, time.Duration(j%3)*time.Millisecond) })
 				inner.Go(func() { n.m.Connect(t.Context(), sb.ID, ConnectOptions{Timeout: time.Minute}) })
 				inner.Go(func() { n.m.Kill(t.Context(), sb.ID) })
 				inner.Go(func() { n.m.UpdateNetwork(t.Context(), sb.ID, Network{DenyOut: []string{"1.1.1.1"}}) })
+				inner.Go(func() { n.m.Pause(t.Context(), sb.ID, j%2 == 0) })
+				inner.Go(func() { n.m.Fork(t.Context(), sb.ID, []ForkSpec{{Timeout: time.Millisecond}}) })
 				inner.Go(func() { n.m.Open(t.Context(), sb.ID, sb.Generation, 80) })
 				inner.Go(func() { n.m.Metrics(t.Context(), sb.ID); n.m.List(); n.m.agreeRoutes(t.Context()) })
 				if i%2 == 0 {

@@ -201,10 +201,7 @@ func (m *Manager) resume(l *life, opts ConnectOptions) (Sandbox, error) {
 	if !m.adopt(l, rec, instance) {
 		return Sandbox{}, inTransition(l.id, StateKilling)
 	}
-	if err := m.publish(l.ctx, l, rec.Sandbox); err != nil { // there is no way back: what it was saved as is used up
-		l.log.Warn("route not updated, will be tried again", zap.Error(err))
-		poke(m.misrouted)
-	}
+	m.tryPublish(l) // there is no way back: what it was saved as is used up
 	reached(StepPublished)
 	if l.ctx.Err() != nil {
 		return Sandbox{}, inTransition(l.id, StateKilling)

@@ -35,6 +35,14 @@ func (m *Manager) publish(ctx context.Context, l *life, sb Sandbox) error {
 	return &errs.Error{Code: errs.Unavailable, Msg: "the route catalogue does not answer; try again in a moment", Err: err}
 }
 
+// tryPublish is publish where the catalogue is no reason to stop: the routes job will try again.
+func (m *Manager) tryPublish(l *life) {
+	if err := m.publish(l.ctx, l, m.record(l).Sandbox); err != nil {
+		l.log.Warn("route not updated, will be tried again", zap.Error(err))
+		poke(m.misrouted)
+	}
+}
+
 // withdraw removes the route of a sandbox. When the catalogue does not answer, the end of the sandbox goes on: the routes job will
 // find a route of ours without a sandbox, in this run or the next.
 func (m *Manager) withdraw(l *life) {
