@@ -492,6 +492,7 @@ func TestMutilatedFrames(t *testing.T) {
 	h := newHostile(w, slot)
 	p := egress.Policy{AllowInternet: true, Deny: []netip.Prefix{netip.MustParsePrefix("8.0.0.0/6"), netip.MustParsePrefix("2001::/16")}}
 	w.fenceMachine(slot, p)
+	h.settle() // the namespace may have said something before it was fenced
 	rules := egress.Compile(p, egress.Local())
 	var seeds [][]byte
 	for _, a := range attempts(slot, neighbour) {
@@ -549,6 +550,7 @@ func TestNeighbourIsPinned(t *testing.T) {
 	slot := w.slot(3)
 	h := newHostile(w, slot)
 	w.fenceMachine(slot, egress.Policy{AllowInternet: true})
+	h.settle()
 	nobody, everybody := make(net.HardwareAddr, 6), net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 	gateway := netdev.GuestGateway6.As16()
 	lie := append([]byte{1, 1}, 0x02, 0, 0, 0, 0, 9) // of another hardware address
