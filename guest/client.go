@@ -18,6 +18,8 @@ import (
 const (
 	// callTime bounds a call whose context has no earlier deadline: the other side may accept and never answer.
 	callTime = 10 * time.Second
+	// wakeTime bounds the first call of a VM that was restored: every page that the answer needs may have to come from a busy disk.
+	wakeTime = time.Minute
 	// syncTime bounds a sync in the same way: all of the sandbox's memory may have to go to its disk.
 	syncTime = 5 * time.Minute
 	// maxAnswer bounds what is read of an answer. The largest honest one is the output of a command, every byte of it escaped.
@@ -121,7 +123,7 @@ func (c *Client) Init(ctx context.Context, req InitRequest) error {
 // still on its way, and then its clock is late by as much: it is told again, until that takes no time.
 func (c *Client) callAt(ctx context.Context, now time.Time, path string, ask any) error {
 	began := time.Now()
-	err := c.call(ctx, callTime, http.MethodPost, path, ask, http.StatusNoContent, nil)
+	err := c.call(ctx, wakeTime, http.MethodPost, path, ask, http.StatusNoContent, nil)
 	for range 3 {
 		took := time.Since(began)
 		if err != nil || now.IsZero() || took < clockSlack {
@@ -195,7 +197,7 @@ func (c *Client) Exec(ctx context.Context, req ExecRequest) (ExecResult, error) 
 
 // Health asks whether the agent answers.
 func (c *Client) Health(ctx context.Context) error {
-	return c.call(ctx, callTime, http.MethodGet, "/health", nil, http.StatusNoContent, nil)
+	return c.call(ctx, wakeTime, http.MethodGet, "/health", nil, http.StatusNoContent, nil)
 }
 
 // Metrics asks for a sample.

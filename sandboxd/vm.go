@@ -145,7 +145,7 @@ func NewVMMachine(ctx context.Context, opts VMOptions) (*VMMachine, error) {
 	if m.network, err = netdev.New(opts.Network); err != nil {
 		return nil, err
 	}
-	m.layers = newLayers(filepath.Join(dir, "layers"), opts.Templates, opts.Metrics)
+	m.layers = newLayers(filepath.Join(dir, "layers", opts.Network.NamePrefix), opts.Templates, opts.Metrics)
 	m.host = newHostClaims(opts.Network)
 	var why []string
 	m.cgroups, why = cgroup.Probe()

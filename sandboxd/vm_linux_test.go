@@ -184,7 +184,7 @@ func (h *vmHost) wantClean(t *testing.T, m *VMMachine) {
 			t.Errorf("cgroups are left: %v, %v", left, err)
 		}
 	}
-	if left, err := os.ReadDir(filepath.Join(h.state, "layers")); len(left) > 0 {
+	if left, err := os.ReadDir(filepath.Join(h.state, "layers", m.opts.Network.NamePrefix)); len(left) > 0 {
 		t.Errorf("writable layers are left: %v, %v", left, err)
 	}
 	if left, err := filepath.Glob("/run/netns/" + m.opts.Network.NamePrefix + "-*"); err != nil || len(left) > 0 {

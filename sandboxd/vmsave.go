@@ -153,8 +153,12 @@ func (m *VMMachine) Saved(p Place) (Saved, error) {
 	if err != nil {
 		return Saved{}, fmt.Errorf("look for what was saved: %w", err)
 	}
-	if saved.Bytes, err = vmm.Usage(p.Dir); err != nil {
-		return Saved{}, fmt.Errorf("measure what was saved: %w", err)
+	for _, name := range []string{vmSavedName, vmDiskName} { // and not what it has in common with its template
+		n, err := vmm.Usage(filepath.Join(p.Dir, name))
+		if err != nil {
+			return Saved{}, fmt.Errorf("measure what was saved: %w", err)
+		}
+		saved.Bytes += n
 	}
 	if saved.Memory {
 		if _, err := openSaved(p); err != nil {
