@@ -75,8 +75,8 @@ type Suspender interface {
 	Resume(ctx context.Context, p Place, fence egress.Policy, reached func(Step)) (Suspended, error)
 	// DropMemory removes saved memory, so that Resume boots from the disk. It is idempotent.
 	DropMemory(p Place) error
-	// Saved describes what Suspend has left at the place and Continue has not yet used up. Nothing saved is NotFound; saved memory that is
-	// damaged is Unavailable and names what is kept: the disk.
+	// Saved describes what Suspend has left at the place and Continue has not yet used up: the memory; the disk may be there ever after.
+	// Nothing saved is NotFound; saved memory that is damaged is Unavailable and names what is kept: the disk.
 	Saved(p Place) (Saved, error)
 	// Snapshot copies a running sandbox, memory and disk, into dir, an empty directory on the file system of the places: from then on it
 	// is a root that Start accepts, under whatever name, and that may be removed when Start has returned. The sandbox stands still

@@ -44,6 +44,10 @@ const (
 func TestMain(m *testing.M) {
 	namespace.MaybeInit()
 	vmmtest.Main(new(fakeAgent).guest()) // when it is the hypervisor of a test
+	if os.Getenv(envVMCrash) != "" {
+		fmt.Fprintln(os.Stderr, crashingVMNode())
+		os.Exit(1)
+	}
 	if os.Getenv(envCrash) != "" {
 		if err := crashingOrchestrator(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -74,7 +78,7 @@ func inside(t *testing.T) bool {
 		}
 	}
 	t.Parallel()
-	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=100s")
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=400s")
 	cmd.Env = append(os.Environ(), envInside+"=1", envGuestd+"="+buildGuestd(t))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	out, err := cmd.CombinedOutput()

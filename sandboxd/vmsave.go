@@ -238,7 +238,8 @@ func (m *VMMachine) Resume(ctx context.Context, p Place, fence egress.Policy, re
 func (s *vmSandbox) Memory() bool { return s.memory }
 
 // Continue implements Suspended. The saved memory is given up before the guest's first instruction: from there on its disk changes, and the
-// memory would not fit it any more. The hypervisor has its files open and reads them to the end.
+// memory would not fit it any more. The hypervisor has its files open and reads them to the end. The mark on the disk stays until the next
+// pause: should all of this host die before the record says running, there is a sandbox without memory.
 func (s *vmSandbox) Continue(ctx context.Context, r guest.ResumeRequest) error {
 	if err := s.machine.DropMemory(s.place); err != nil {
 		return err
@@ -248,9 +249,6 @@ func (s *vmSandbox) Continue(ctx context.Context, r guest.ResumeRequest) error {
 	}
 	if err := s.guest.Resume(ctx, r); err != nil {
 		return fmt.Errorf("tell the guest that time has passed: %w", err)
-	}
-	if err := ignoreAbsent(os.Remove(filepath.Join(s.place.Dir, vmDiskOnlyName))); err != nil {
-		return fmt.Errorf("remove what the pause left: %w", err)
 	}
 	return nil
 }

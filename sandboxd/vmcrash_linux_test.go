@@ -1,0 +1,326 @@
+package sandboxd
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/sandboxd/image"
+	"github.com/sluice-edge/sluice/sandboxd/netdev"
+	"github.com/sluice-edge/sluice/sandboxd/vmm/vmmtest"
+)
+
+// envVMCrash is an orchestrator with the VM machine that is killed at a step of something that it does, as in "pause:frozen".
+const envVMCrash = "SLUICE_TEST_VMCRASH"
+
+// vmNode is a node with VMs, on a directory that outlives the processes of a test.
+type vmNode struct{ realNode }
+
+func (n vmNode) manager() (*Manager, error) {
+	state := filepath.Join(n.dir, "state")
+	store, err := image.OpenStore(filepath.Join(state, "templates"))
+	if err != nil {
+		return nil, err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	machine, err := NewVMMachine(context.Background(), VMOptions{
+		Hypervisor: self, Templates: store, StateDir: state, Network: netdev.Config{NamePrefix: n.prefix},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return New(Options{
+		StateDir: state, Machine: machine, Publisher: fileCatalogue{filepath.Join(n.dir, "routes")},
+		Templates: []Template{{ID: "base", Root: filepath.Join(state, "root"), CPUs: 1, MemoryMiB: 128, DiskMiB: 64}},
+	})
+}
+
+// vmLife is what the crashing orchestrator does, in order. Each names the steps at which it can be killed.
+var vmLife = []struct {
+	name  string
+	steps []Step
+	do    func(ctx context.Context, m *Manager, id string) error
+}{
+	{"create", createSteps, nil},
+	{"pause", pauseSteps, func(ctx context.Context, m *Manager, id string) error { return m.Pause(ctx, id, true) }},
+	{"resume", resumeSteps, func(ctx context.Context, m *Manager, id string) error {
+		_, _, err := m.Connect(ctx, id, ConnectOptions{Timeout: time.Hour})
+		return err
+	}},
+	{"snapshot", snapshotSteps, func(ctx context.Context, m *Manager, id string) error {
+		_, err := m.Snapshot(ctx, id, "kept")
+		return err
+	}},
+	{"kill", removeSteps, func(ctx context.Context, m *Manager, id string) error { return m.Kill(ctx, id) }},
+}
+
+// crashingVMNode lives through vmLife until it is killed.
+func crashingVMNode() error {
+	n := vmNode{realNode{dir: os.Getenv(envDir), prefix: os.Getenv(envPrefix)}}
+	m, err := n.manager()
+	if err != nil {
+		return err
+	}
+	doing := ""
+	m.reached = func(s Step) {
+		if doing+":"+string(s) == os.Getenv(envVMCrash) {
+			syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- m.Run(ctx) }()
+	select {
+	case <-m.Ready():
+	case err := <-ended:
+		return err
+	}
+	fmt.Println("ready")
+	doing = "create"
+	sb, err := m.Create(ctx, spec(time.Hour))
+	if err != nil {
+		return err
+	}
+	for _, line := range []string{"next", "next", "write word"} {
+		if _, err := m.instanceOf(m.lives[sb.ID]).(*vmSandbox).tell(ctx, line); err != nil {
+			return err
+		}
+	}
+	for _, op := range vmLife[1:] {
+		doing = op.name
+		if err := op.do(ctx, m, sb.ID); err != nil {
+			return fmt.Errorf("%s: %w", op.name, err)
+		}
+	}
+	doing = ""
+	cancel()
+	return errors.Join(<-ended, errors.New("nobody killed it"))
+}
+
+// crash runs an orchestrator until it is killed at a step.
+func (n vmNode) crash(t *testing.T, at string) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), envVMCrash+"="+at, envDir+"="+n.dir, envPrefix+"="+n.prefix)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	wait := cmd.Wait()
+	if err != nil || line != "ready\n" || !cmd.ProcessState.Sys().(syscall.WaitStatus).Signaled() {
+		t.Fatalf("orchestrator said %q, %v, and ended with %v before it was killed; %s", line, err, wait, &stderr)
+	}
+}
+
+// killHypervisors ends every hypervisor of the node: the host lost power, and its disk is what is left.
+func (n vmNode) killHypervisors(t *testing.T) {
+	t.Helper()
+	procs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, proc := range procs {
+		text, err := os.ReadFile(filepath.Join(proc, "cmdline"))
+		if err != nil || !strings.HasPrefix(string(text), "sluice-vm-i") {
+			continue
+		}
+		if inside, err := os.ReadFile(filepath.Join(proc, "mountinfo")); err != nil || !strings.Contains(string(inside), filepath.Base(n.dir)) {
+			continue
+		}
+		var pid int
+		if _, err := fmt.Sscan(filepath.Base(proc), &pid); err == nil {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+}
+
+// fate is what a sandbox is after a crash and a restart.
+type fate string
+
+const (
+	gone     fate = "gone"
+	running  fate = "running"          // and counts on
+	paused   fate = "paused"           // and counts on when it is resumed
+	diskOnly fate = "paused, its disk" // and counts anew
+)
+
+// fateAt is what a crash of the orchestrator alone leaves, and one of everything.
+func fateAt(op string, step Step) (alone, all fate) {
+	at := func(steps []Step, limit Step) bool { return slices.Index(steps, step) < slices.Index(steps, limit) }
+	switch op {
+	case "create":
+		if at(createSteps, StepHandle) {
+			return gone, gone
+		}
+		return running, gone
+	case "pause":
+		if at(pauseSteps, StepSaved) {
+			return running, gone
+		}
+		return paused, paused
+	case "resume":
+		switch {
+		case at(resumeSteps, StepContinued):
+			return paused, paused
+		case step == StepContinued:
+			return running, diskOnly
+		}
+		return running, gone
+	case "snapshot":
+		return running, gone
+	}
+	if step == StepWithdrawn {
+		return running, gone
+	}
+	return gone, gone
+}
+
+// recover starts a node on what a crash left, looks what has become of the sandbox, lives on with it, kills it, stops, and looks for anything
+// that is left.
+func (n vmNode) recover(t *testing.T) fate {
+	t.Helper()
+	m, err := n.manager()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- m.Run(ctx) }()
+	select {
+	case <-m.Ready():
+	case err := <-ended:
+		t.Fatalf("Run() = %v", err)
+	}
+	settle(m)
+	is := n.liveOn(t, m)
+	for _, s := range m.Snapshots() {
+		if err := m.RemoveSnapshot(ctx, s.ID); err != nil {
+			t.Errorf("RemoveSnapshot() = %v", err)
+		}
+	}
+	ids := n.ids(t)
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("Run() = %v", err)
+	}
+	left := n.leftovers(t, append(ids, n.prefix, n.dir))
+	for _, dir := range []string{"snapshots", "layers/" + n.prefix} {
+		entries, err := os.ReadDir(filepath.Join(n.dir, "state", dir))
+		if ignoreAbsent(err) != nil {
+			t.Error(err)
+		}
+		for _, e := range entries {
+			left = append(left, dir+": "+e.Name())
+		}
+	}
+	if len(left) > 0 {
+		t.Errorf("left after recovery:\n%s", strings.Join(left, "\n"))
+	}
+	return is
+}
+
+// liveOn resumes what is paused, and kills it in the end.
+func (n vmNode) liveOn(t *testing.T, m *Manager) fate {
+	t.Helper()
+	ctx := t.Context()
+	ids := n.ids(t)
+	if len(ids) == 0 {
+		return gone
+	}
+	id := ids[0]
+	sb, err := m.Get(id)
+	for deadline := time.Now().Add(20 * time.Second); errs.CodeOf(err) == errs.Unavailable || err == nil && sb.State == StatePausing; sb, err = m.Get(id) {
+		if time.Now().After(deadline) {
+			break
+		}
+		time.Sleep(5 * time.Millisecond) // the manager says nothing when the place of a paused sandbox is empty
+	}
+	if err != nil {
+		t.Fatalf("Get(%s) = %v", id, err)
+	}
+	is := running
+	if sb.State == StatePaused {
+		if is = diskOnly; sb.MemorySaved {
+			is = paused
+		}
+		if _, resumed, err := m.Connect(ctx, id, ConnectOptions{Timeout: time.Hour}); err != nil || !resumed {
+			t.Fatalf("Connect() = resumed %v, %v", resumed, err)
+		}
+	}
+	m.mu.RLock()
+	instance := m.lives[id].instance.(*vmSandbox)
+	m.mu.RUnlock()
+	want := map[bool]string{true: "1", false: "3"}[is == diskOnly]
+	if got, err := instance.tell(ctx, "next"); err != nil || got != want && !(got == "1" && is == running) {
+		t.Errorf("the guest counts %q, %v, want %s", got, err, want)
+	}
+	if _, err := instance.tell(ctx, "read"); err != nil {
+		t.Errorf("the guest's disk: %v", err)
+	}
+	if err := m.Kill(ctx, id); err != nil {
+		t.Errorf("Kill() = %v", err)
+	}
+	return is
+}
+
+// TestVMKilledAtEveryStep is the crash table of VMs: the orchestrator is killed after every step of create, pause, resume, snapshot and kill,
+// alone and together with its hypervisors.
+func TestVMKilledAtEveryStep(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	n := vmNode{newRealNode(t)}
+	root := filepath.Join(n.dir, "state", "root")
+	err := errors.Join(
+		os.Mkdir(root, 0o755),
+		vmmtest.WriteKernel(filepath.Join(root, vmKernelName), vmmtest.Faults{}),
+		os.WriteFile(filepath.Join(root, vmInitramfsName), nil, 0o644),
+		os.WriteFile(filepath.Join(root, vmRootName), make([]byte, 4096), 0o644),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, op := range vmLife {
+		for _, step := range op.steps {
+			if op.name == "resume" && step == StepInit {
+				continue // it knows who it is
+			}
+			alone, all := fateAt(op.name, step)
+			at := op.name + ":" + string(step)
+			t.Run(at, func(t *testing.T) {
+				n.crash(t, at)
+				if got := n.recover(t); got != alone {
+					t.Errorf("after a crash of the orchestrator it is %s, want %s", got, alone)
+				}
+				n.crash(t, at)
+				n.killHypervisors(t)
+				if got := n.recover(t); got != all {
+					t.Errorf("after a crash of everything it is %s, want %s", got, all)
+				}
+			})
+		}
+	}
+}
