@@ -191,7 +191,7 @@ func (m *Manager) reserve(spec CreateSpec, from origin) (*life, error) {
 	if err != nil {
 		return nil, err
 	}
-	rec := record{Slot: slot, Root: from.Root, User: cmp.Or(from.User, "user"), Workdir: from.Workdir, Sandbox: Sandbox{
+	rec := record{Machine: m.machine.Name(), Slot: slot, Root: from.Root, User: cmp.Or(from.User, "user"), Workdir: from.Workdir, Sandbox: Sandbox{
 		ID:              newID(),
 		Generation:      m.nextGenerationLocked(started),
 		State:           StateCreating,

@@ -49,7 +49,11 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	if os.Getenv(envCrash) != "" {
-		if err := crashingOrchestrator(); err != nil {
+		crashing := crashingOrchestrator
+		if os.Getenv(envVMs) != "" {
+			crashing = crashingVMOrchestrator
+		}
+		if err := crashing(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}

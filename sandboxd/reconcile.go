@@ -51,6 +51,10 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	}
 	var found []survivor
 	for _, rec := range records {
+		if rec.Machine != "" && rec.Machine != m.machine.Name() {
+			return fmt.Errorf("sandbox %q belongs to the %s machine, and this is the %s machine, which could only lose it: start the node with "+
+				"the other one, or remove %q when nothing of it runs", rec.Sandbox.ID, rec.Machine, m.machine.Name(), m.journal.path(rec.Sandbox.ID))
+		}
 		if rec.Slot != NoSlot && !m.slots.claim(rec.Slot) {
 			return fmt.Errorf("record of %q names slot %d, which is not free; remove %q when nothing of it runs",
 				rec.Sandbox.ID, rec.Slot, m.journal.path(rec.Sandbox.ID))

@@ -578,6 +578,16 @@ func TestStartIsRefused(t *testing.T) {
 	broken.host.setFail("setup", errors.New("no nftables"))
 	check("host not fit", broken, "prepare the host for the fake machine: setup: no nftables")
 
+	other := newNode(t)
+	if err := os.MkdirAll(other.file("iother", ""), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	other.overwrite("iother", `{"version":2,"machine":"vm","sandbox":{"id":"iother","state":"running"}}`)
+	check("sandbox of another machine", other, "belongs to the vm machine, and this is the fake machine")
+	if _, err := os.Stat(other.file("iother", recordFile)); err != nil {
+		t.Error("the record of another machine's sandbox was removed")
+	}
+
 	newer := newNode(t)
 	if err := os.MkdirAll(newer.file("inew", ""), 0o700); err != nil {
 		t.Fatal(err)

@@ -24,6 +24,7 @@ const (
 // record is what the node must remember of a sandbox to take it up or to remove it after a crash.
 type record struct {
 	Version int             `json:"version"`
+	Machine string          `json:"machine,omitempty"` // its name; absent in records of version 1
 	Sandbox Sandbox         `json:"sandbox"`
 	Slot    int             `json:"slot"` // NoSlot when it is paused
 	Root    string          `json:"root,omitempty"`
