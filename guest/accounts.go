@@ -43,6 +43,26 @@ func (a accounts) lookup(name string) (account, error) {
 	return account{}, errNoUser
 }
 
+// find is lookup for names that an image may have written: a number is the account that has it, or one that nobody has described, as
+// container runtimes read it. Clients name people.
+func (a accounts) find(name string) (account, error) {
+	u, err := a.lookup(name)
+	uid, numeric := parseID(name)
+	if !errors.Is(err, errNoUser) || !numeric {
+		return u, err
+	}
+	all, err := a.users()
+	if err != nil {
+		return account{}, err
+	}
+	for _, u := range all {
+		if u.UID == uid {
+			return u, nil
+		}
+	}
+	return account{Name: name, UID: uid, Home: "/"}, nil
+}
+
 func (a accounts) users() ([]account, error) {
 	var all []account
 	err := a.lines("passwd", func(fields []string) {

@@ -29,6 +29,19 @@ func TestAccounts(t *testing.T) {
 	for _, name := range []string{"short", "bad", "minus", "", "+", "Ann", "ann:x"} {
 		check(name, account{}, true)
 	}
+	find := func(name string, want account, wantErr bool) {
+		t.Helper()
+		got, err := a.find(name)
+		if got != want || (err != nil) != wantErr {
+			t.Errorf("find(%q) = %+v, %v, want %+v", name, got, err, want)
+		}
+	}
+	find("ann", account{"ann", 1000, 1000, "/home/ann"}, false)
+	find("1000", account{"ann", 1000, 1000, "/home/ann"}, false)
+	find("1234", account{"1234", 1234, 0, "/"}, false)
+	for _, name := range []string{"bob", "", "-1", "4294967295", "1000:1000"} {
+		find(name, account{}, true)
+	}
 	groups, err := a.groupsOf(account{Name: "ann", GID: 1000})
 	if err != nil || !slices.Equal(groups, []uint32{1000, 10}) {
 		t.Errorf("groupsOf(ann) = %v, %v", groups, err)

@@ -130,7 +130,7 @@ func (c *Client) callAt(ctx context.Context, now time.Time, path string, ask any
 			return err
 		}
 		began, now = began.Add(took), now.Add(took)
-		err = c.call(ctx, callTime, http.MethodPost, "/clock", clockRequest{Timestamp: now}, http.StatusNoContent, nil)
+		err = c.call(ctx, wakeTime, http.MethodPost, "/clock", clockRequest{Timestamp: now}, http.StatusNoContent, nil)
 	}
 	return err
 }

@@ -85,7 +85,7 @@ func (a *agent) serveInit(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if req.DefaultUser != nil && *req.DefaultUser != "" {
-		if _, err := a.accounts.lookup(*req.DefaultUser); err != nil {
+		if _, err := a.accounts.find(*req.DefaultUser); err != nil {
 			writeError(w, http.StatusBadRequest, "default user: "+err.Error())
 			return
 		}

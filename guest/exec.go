@@ -54,7 +54,11 @@ func (a *agent) planExec(req execRequest) (startSpec, error) {
 	if req.Cmd == "" {
 		return startSpec{}, errors.New("no command")
 	}
-	u, err := a.actor(req.User)
+	act := a.actor
+	if req.User != "" {
+		act = a.accounts.find
+	}
+	u, err := act(req.User)
 	if err != nil {
 		return startSpec{}, fmt.Errorf("user %q: %w", req.User, err)
 	}
@@ -77,7 +81,7 @@ func (a *agent) planExec(req execRequest) (startSpec, error) {
 	if _, err := os.Stat(shell); err != nil {
 		shell, flags = "/bin/sh", "-c"
 	}
-	spec := startSpec{config: &process.ProcessConfig{Cmd: shell, Args: []string{flags, req.Cmd}}, dir: dir, env: env, login: login}
+	spec := startSpec{config: &process.ProcessConfig{Cmd: shell, Args: []string{flags, req.Cmd}}, merged: true, dir: dir, env: env, login: login}
 	if req.TimeoutMS > 0 && !req.Background {
 		spec.deadline = time.Now().Add(time.Duration(req.TimeoutMS) * time.Millisecond)
 	}
@@ -89,7 +93,6 @@ func tailOf(ctx context.Context, p *running, out *reader) (string, error) {
 	var tail []byte
 	keep := func(e *process.ProcessEvent_DataEvent) {
 		tail = append(tail, e.GetStdout()...)
-		tail = append(tail, e.GetStderr()...)
 		if len(tail) > maxExecOutput {
 			tail = append(tail[:0], tail[len(tail)-maxExecOutput:]...)
 		}

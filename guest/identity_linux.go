@@ -50,6 +50,7 @@ func (a *agent) assume(req initRequest, anew bool) error {
 		if err := setBootID(idOf(seed, "boot_id")); err != nil {
 			return fmt.Errorf("set boot id: %w", err)
 		}
+		a.forgetConnections() // those of whoever had this memory before
 	}
 	// The rest is for programs that look into files, and the disk may be full.
 	if req.Hostname != "" {

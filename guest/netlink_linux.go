@@ -27,42 +27,42 @@ func openNetlink(protocol int) (*netlink, error) {
 	return &netlink{fd: fd}, nil
 }
 
-func (n *netlink) close() { unix.Close(n.fd) }
+func (nl *netlink) close() { unix.Close(nl.fd) }
 
 // do sends one message and waits for the kernel's verdict.
-func (n *netlink) do(kind, flags uint16, body []byte) error {
-	return n.call(kind, flags|unix.NLM_F_ACK, body, func([]byte) error { return nil })
+func (nl *netlink) do(kind, flags uint16, body []byte) error {
+	return nl.call(kind, flags|unix.NLM_F_ACK, body, func([]byte) error { return nil })
 }
 
 // dump asks for a list and hands on what is in it.
-func (n *netlink) dump(kind uint16, body []byte, each func(item []byte) error) error {
-	return n.call(kind, unix.NLM_F_DUMP, body, each)
+func (nl *netlink) dump(kind uint16, body []byte, each func(item []byte) error) error {
+	return nl.call(kind, unix.NLM_F_DUMP, body, each)
 }
 
 const netlinkHeader = unix.SizeofNlMsghdr
 
-func (n *netlink) call(kind, flags uint16, body []byte, each func(item []byte) error) error {
-	n.seq++
+func (nl *netlink) call(kind, flags uint16, body []byte, each func(item []byte) error) error {
+	nl.seq++
 	msg := make([]byte, 0, netlinkHeader+len(body))
 	msg = binary.NativeEndian.AppendUint32(msg, uint32(netlinkHeader+len(body)))
 	msg = binary.NativeEndian.AppendUint16(msg, kind)
 	msg = binary.NativeEndian.AppendUint16(msg, flags|unix.NLM_F_REQUEST)
-	msg = binary.NativeEndian.AppendUint32(msg, n.seq)
+	msg = binary.NativeEndian.AppendUint32(msg, nl.seq)
 	msg = binary.NativeEndian.AppendUint32(msg, 0) // from whom: the kernel knows
 	msg = append(msg, body...)
-	if err := unix.Sendto(n.fd, msg, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := unix.Sendto(nl.fd, msg, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
 	}
 	buf := make([]byte, 64<<10)
 	for {
-		got, _, err := unix.Recvfrom(n.fd, buf, 0)
+		got, _, err := unix.Recvfrom(nl.fd, buf, 0)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
 			return err
 		}
-		if done, err := n.read(buf[:got], each); done || err != nil {
+		if done, err := nl.read(buf[:got], each); done || err != nil {
 			return err
 		}
 	}
@@ -71,7 +71,7 @@ func (n *netlink) call(kind, flags uint16, body []byte, each func(item []byte) e
 var errNetlink = errors.New("malformed netlink message")
 
 // read goes through one datagram; done when it had the end of the answer.
-func (n *netlink) read(b []byte, each func(item []byte) error) (done bool, err error) {
+func (nl *netlink) read(b []byte, each func(item []byte) error) (done bool, err error) {
 	for len(b) >= netlinkHeader {
 		size := int(binary.NativeEndian.Uint32(b))
 		kind, seq := binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint32(b[8:])
@@ -80,7 +80,7 @@ func (n *netlink) read(b []byte, each func(item []byte) error) (done bool, err e
 		}
 		body := b[netlinkHeader:size]
 		b = b[min(align4(size), len(b)):]
-		if seq != n.seq {
+		if seq != nl.seq {
 			continue // of an earlier call that gave up
 		}
 		switch kind {
@@ -113,9 +113,9 @@ func appendAttribute(b []byte, kind uint16, value []byte) []byte {
 	return append(b, make([]byte, align4(len(value))-len(value))...)
 }
 
-// appendStruct adds one of the kernel's fixed structures.
-func appendStruct(b []byte, fields any) []byte {
-	b, err := binary.Append(b, binary.NativeEndian, fields)
+// bodyOf is one of the kernel's fixed structures, with which the body of a message begins.
+func bodyOf(fields any) []byte {
+	b, err := binary.Append(nil, binary.NativeEndian, fields)
 	if err != nil {
 		panic("BUG: not a structure of numbers: " + err.Error())
 	}

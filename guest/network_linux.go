@@ -77,7 +77,7 @@ func (nl *netlink) setUp(name string) error {
 	if err != nil {
 		return fmt.Errorf("find %s: %w", name, err)
 	}
-	body := appendStruct(nil, unix.IfInfomsg{Index: int32(iface.Index), Flags: unix.IFF_UP, Change: unix.IFF_UP})
+	body := bodyOf(unix.IfInfomsg{Index: int32(iface.Index), Flags: unix.IFF_UP, Change: unix.IFF_UP})
 	if err := nl.do(unix.RTM_NEWLINK, 0, body); err != nil {
 		return fmt.Errorf("set %s up: %w", name, err)
 	}
@@ -89,21 +89,21 @@ func (nl *netlink) addAddress(index int, addr netip.Prefix) error {
 	if addr.Addr().Is6() {
 		msg.Flags = unix.IFA_F_NODAD // nobody else can have it, and an address that is being asked about cannot be used yet
 	}
-	body := appendStruct(nil, msg)
+	body := bodyOf(msg)
 	body = appendAttribute(body, unix.IFA_LOCAL, addr.Addr().AsSlice())
 	body = appendAttribute(body, unix.IFA_ADDRESS, addr.Addr().AsSlice())
 	return nl.do(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, body)
 }
 
 func (nl *netlink) addNeighbour(index int, addr netip.Addr, mac net.HardwareAddr) error {
-	body := appendStruct(nil, unix.NdMsg{Family: family(addr), Ifindex: int32(index), State: unix.NUD_PERMANENT})
+	body := bodyOf(unix.NdMsg{Family: family(addr), Ifindex: int32(index), State: unix.NUD_PERMANENT})
 	body = appendAttribute(body, unix.NDA_DST, addr.AsSlice())
 	body = appendAttribute(body, unix.NDA_LLADDR, mac)
 	return nl.do(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, body)
 }
 
 func (nl *netlink) addDefaultRoute(index int, gateway netip.Addr) error {
-	body := appendStruct(nil, unix.RtMsg{
+	body := bodyOf(unix.RtMsg{
 		Family: family(gateway), Table: unix.RT_TABLE_MAIN, Protocol: unix.RTPROT_BOOT, Scope: unix.RT_SCOPE_UNIVERSE, Type: unix.RTN_UNICAST,
 	})
 	body = appendAttribute(body, unix.RTA_GATEWAY, gateway.AsSlice())
@@ -122,7 +122,7 @@ func setMAC(mac net.HardwareAddr) error {
 		return err
 	}
 	defer nl.close()
-	body := appendAttribute(appendStruct(nil, unix.IfInfomsg{Index: int32(iface.Index)}), unix.IFLA_ADDRESS, mac)
+	body := appendAttribute(bodyOf(unix.IfInfomsg{Index: int32(iface.Index)}), unix.IFLA_ADDRESS, mac)
 	if err := nl.do(unix.RTM_NEWLINK, 0, body); err != nil {
 		return fmt.Errorf("give %s the address %s: %w", card, mac, err)
 	}

@@ -103,6 +103,7 @@ type startSpec struct {
 	tag      *string
 	size     *pty.Winsize // nil without PTY
 	stdin    bool
+	merged   bool // stderr goes where stdout goes, so that both stay in order
 	dir      string
 	env      []string
 	login    *syscall.Credential // nil to stay who the agent is
@@ -222,6 +223,13 @@ func (p *running) plumb(spec startSpec, ours, theirs *files) ([]*pump, error) {
 	}
 	p.cmd.Stdout = theirs.add(outW)
 	ours.add(outR)
+	stdout := newPump(outR, pipeChunk, func(b []byte) *process.ProcessEvent_DataEvent {
+		return &process.ProcessEvent_DataEvent{Output: &process.ProcessEvent_DataEvent_Stdout{Stdout: b}}
+	})
+	if spec.merged {
+		p.cmd.Stderr = outW
+		return []*pump{stdout}, nil
+	}
 	errR, errW, err := os.Pipe()
 	if err != nil {
 		return nil, fmt.Errorf("open stderr: %w", err)
@@ -229,9 +237,7 @@ func (p *running) plumb(spec startSpec, ours, theirs *files) ([]*pump, error) {
 	p.cmd.Stderr = theirs.add(errW)
 	ours.add(errR)
 	return []*pump{
-		newPump(outR, pipeChunk, func(b []byte) *process.ProcessEvent_DataEvent {
-			return &process.ProcessEvent_DataEvent{Output: &process.ProcessEvent_DataEvent_Stdout{Stdout: b}}
-		}),
+		stdout,
 		newPump(errR, pipeChunk, func(b []byte) *process.ProcessEvent_DataEvent {
 			return &process.ProcessEvent_DataEvent{Output: &process.ProcessEvent_DataEvent_Stderr{Stderr: b}}
 		}),

@@ -97,7 +97,7 @@ func (a *agent) actor(name string) (account, error) {
 	}
 	for _, name := range []string{a.settings.get().user, a.settings.fallbackUser} {
 		if name != "" {
-			return a.accounts.lookup(name)
+			return a.accounts.find(name)
 		}
 	}
 	u, err := a.accounts.lookup("user")

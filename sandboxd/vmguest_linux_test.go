@@ -641,6 +641,10 @@ func (h *guestHost) testSaved(ctx context.Context, t *testing.T, v *guestVM) {
 	if got.machine == again.machine || got.boot == again.boot || got.mac != "02:53:4c:00:00:12" || got.hostname != "vm-two" || got.random == first || len(got.boot) != 36 {
 		t.Errorf("siblings are %+v and %+v", again, got)
 	}
+	if got := other.say(ctx, "await /run/far ended"); !strings.Contains(got, "connection abort") && !strings.Contains(got, "connection reset") {
+		t.Errorf("the connection of the sibling to the world ended with %q", got)
+	}
+	other.want(ctx, "cat /run/near", "held")
 	other.want(ctx, "env A", "1")
 	other.want(ctx, "env B", "2")
 	other.want(ctx, "cat /home/user/kept", "text")
