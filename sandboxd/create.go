@@ -126,7 +126,7 @@ func (m *Manager) boot(ctx context.Context, l *life, init guest.InitRequest, tim
 	rec.Sandbox.StartedAt = now()
 	rec.Sandbox.EndAt = rec.Sandbox.StartedAt.Add(timeout)
 	rec.Handle = instance.Handle()
-	if err := m.journal.write(rec); err != nil {
+	if err := m.journal.note(rec); err != nil {
 		return err
 	}
 	reached(StepHandle)

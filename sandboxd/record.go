@@ -50,19 +50,27 @@ func (j journal) create(r record) error {
 	if err := os.Mkdir(dir, 0o711); err != nil {
 		return diskError(fmt.Errorf("make directory of sandbox: %w", err))
 	}
-	err := syncDir(j.dir)
-	if err == nil {
-		err = j.write(r)
-	}
-	if err != nil {
-		return errors.Join(diskError(err), os.RemoveAll(dir))
+	if err := j.note(r); err != nil {
+		return errors.Join(err, os.RemoveAll(dir))
 	}
 	return nil
 }
 
-// write replaces the record in one step: a crash leaves the old one or the new one, on disk and whole. It leaves the reserve alone:
-// a sandbox that is being created has no claim on it.
+// note replaces the record in one step that outlives this process, and not the host. That is enough for a sandbox that was never saved: it
+// does not outlive the host either. It leaves the reserve alone: a sandbox that is being created has no claim on it.
+func (j journal) note(r record) error {
+	return j.replace(r, func(path string, text []byte) error { return os.WriteFile(path, text, 0o600) })
+}
+
+// write replaces the record in one step: a crash of the host too leaves the old one or the new one, on disk and whole.
 func (j journal) write(r record) error {
+	if err := j.replace(r, writeSynced); err != nil {
+		return err
+	}
+	return diskError(errors.Join(syncDir(j.path(r.Sandbox.ID)), syncDir(j.dir)))
+}
+
+func (j journal) replace(r record, write func(path string, text []byte) error) error {
 	r.Version = recordVersion
 	text, err := json.MarshalIndent(r, "", "\t")
 	if err != nil {
@@ -70,13 +78,13 @@ func (j journal) write(r record) error {
 	}
 	dir := j.path(r.Sandbox.ID)
 	temp := filepath.Join(dir, recordTemp)
-	if err := writeSynced(temp, text); err != nil {
-		return diskError(errors.Join(err, ignoreAbsent(os.Remove(temp))))
+	if err := write(temp, text); err != nil {
+		return diskError(errors.Join(fmt.Errorf("write record: %w", err), ignoreAbsent(os.Remove(temp))))
 	}
 	if err := os.Rename(temp, filepath.Join(dir, recordFile)); err != nil {
 		return diskError(fmt.Errorf("replace record: %w", err))
 	}
-	return diskError(syncDir(dir))
+	return nil
 }
 
 // remove deletes the directory, the record last: a crash in between leaves something that names the sandbox. It refuses while
@@ -169,13 +177,13 @@ func ignoreAbsent(err error) error {
 func writeSynced(path string, data []byte) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return fmt.Errorf("write record: %w", err)
+		return err
 	}
 	if _, err := f.Write(data); err != nil {
-		return errors.Join(fmt.Errorf("write record: %w", err), f.Close())
+		return errors.Join(err, f.Close())
 	}
 	if err := f.Sync(); err != nil {
-		return errors.Join(fmt.Errorf("write record: %w", err), f.Close())
+		return errors.Join(err, f.Close())
 	}
 	return f.Close()
 }

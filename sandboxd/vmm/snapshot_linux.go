@@ -334,7 +334,7 @@ func (s *Snapshots) Remove(name string) error {
 		return nil
 	}
 	if err == nil {
-		err = os.RemoveAll(gone)
+		err = errors.Join(syncDir(s.dir), os.RemoveAll(gone)) // after a crash of the host too it has no name any more
 	}
 	if err != nil {
 		return fmt.Errorf("remove snapshot %s: %w", name, err)
