@@ -51,6 +51,20 @@ func (n *node) wantPaused(id string, memory bool) {
 	}
 }
 
+// wantResets checks how often the connections of a sandbox have been reset.
+func (n *node) wantResets(id string, want int) {
+	n.t.Helper()
+	got := 0
+	for _, event := range n.host.events() {
+		if event == "gone "+id {
+			got++
+		}
+	}
+	if got != want {
+		n.t.Errorf("connections were reset %d times, want %d", got, want)
+	}
+}
+
 func TestPauseAndResume(t *testing.T) {
 	bubble(t, func(t *testing.T, n *node) {
 		sb := n.create(time.Minute)
@@ -103,6 +117,7 @@ func TestPauseAndResume(t *testing.T) {
 
 		n.pause(sb.ID, true) // and again
 		n.wantPaused(sb.ID, true)
+		n.wantResets(sb.ID, 2)
 		n.connect(sb.ID)
 		time.Sleep(time.Minute + 10*time.Millisecond)
 		synctest.Wait()
@@ -171,6 +186,7 @@ func TestPauseFails(t *testing.T) {
 				n.host.setFail(what, nil)
 				n.pause(sb.ID, true)
 				n.wantPaused(sb.ID, true)
+				n.wantResets(sb.ID, 2) // also what connected after the pause that failed
 				if err := n.m.Kill(t.Context(), sb.ID); err != nil {
 					t.Error(err)
 				}
@@ -503,6 +519,61 @@ func TestPausedAcrossARestart(t *testing.T) {
 			t.Fatal(err)
 		}
 		n.wantNothingLeft()
+	})
+}
+
+// TestStopDuringAPause: a node that keeps its sandboxes ends what it has begun with them, another one kills them.
+func TestStopDuringAPause(t *testing.T) {
+	for _, kept := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			n := newNode(t).start(func(m *Manager) { m.opts.KeepSandboxes = kept })
+			pausing, paused := n.create(time.Hour), n.create(time.Hour)
+			n.host.remember(pausing.ID, "counter 7")
+			n.pause(paused.ID, true)
+			release := n.host.holdUp("save")
+			go n.m.Pause(context.Background(), pausing.ID, true)
+			synctest.Wait()
+			stopped := make(chan error, 1)
+			go func() { stopped <- n.stop() }()
+			synctest.Wait()
+			if kept != (len(stopped) == 0) {
+				t.Errorf("kept %v: stopped %v while it is being paused", kept, len(stopped) > 0)
+			}
+			release()
+			if err := <-stopped; err != nil {
+				t.Errorf("Run() = %v", err)
+			}
+			if !kept {
+				n.wantNothingLeft()
+				return
+			}
+			n.start()
+			n.wantPaused(pausing.ID, true)
+			n.connect(pausing.ID)
+			if got := n.host.look(pausing.ID).memory; got != "counter 7" {
+				t.Errorf("memory = %q", got)
+			}
+		})
+	}
+}
+
+// TestDeadlineDuringADowntime: a sandbox that pauses at its deadline is paused by the next start, and not killed.
+func TestDeadlineDuringADowntime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(keep)
+		s := spec(time.Minute)
+		s.AutoPause, s.AutoPauseMemory = true, true
+		sb, err := n.m.Create(t.Context(), s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.stop(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour)
+		n.start()
+		time.Sleep(2 * time.Second)
+		n.wantPaused(sb.ID, true)
 	})
 }
 

@@ -1,8 +1,11 @@
 package sandboxd
 
 import (
+	"maps"
+	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"github.com/sluice-edge/sluice/internal/errs"
 )
@@ -69,4 +72,57 @@ func TestNewID(t *testing.T) {
 		}
 		seen[id] = true
 	}
+}
+
+// templateMachine is a machine with templates of its own.
+type templateMachine struct {
+	Machine
+	made map[string]Template
+}
+
+func (m templateMachine) Template(reference string) (Template, error) {
+	tmpl, ok := m.made[reference]
+	if !ok {
+		return Template{}, errs.New(errs.NotFound, "template '%s' not found", reference)
+	}
+	return tmpl, nil
+}
+
+func (m templateMachine) Templates() ([]Template, error) {
+	return slices.Collect(maps.Values(m.made)), nil
+}
+
+// TestTemplatesOfTheMachine: one that is made while the node runs is there at once; there are none that the machine does not have.
+func TestTemplatesOfTheMachine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t)
+		machine := templateMachine{fakeMachine{n.host, 50}, make(map[string]Template)}
+		m, err := New(Options{StateDir: n.dir, Machine: machine, Publisher: n.cat, Templates: []Template{{ID: "ours"}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.m = m
+		n.run()
+		<-m.Ready()
+		_, err = n.createFrom("base", "t1")
+		wantError(t, "Create before it is made", err, errs.NotFound, "template 'base' not found")
+		machine.made["base"] = Template{ID: "tmplbase", Aliases: []string{"base"}, CPUs: 4, User: "node", Workdir: "/app"}
+		machine.made["base:v2"] = Template{ID: "tmplbase2"}
+		sb, err := n.createFrom("Base", "t1")
+		if err != nil || sb.Template != "tmplbase" || sb.Alias != "base" || sb.CPUs != 4 || sb.MemoryMiB != 512 {
+			t.Errorf("Create() = %+v, %v", sb, err)
+		}
+		if init := n.host.look(sb.ID).init; init.DefaultUser != "node" || init.DefaultWorkdir != "/app" || !init.MergeEnv {
+			t.Errorf("guest was told %+v", init)
+		}
+		if sb, err := n.createFrom("base:v2", "t1"); err != nil || sb.Template != "tmplbase2" {
+			t.Errorf("Create() of a tag = %+v, %v", sb, err)
+		}
+		if sb, err := n.createFrom("ours", "t1"); err != nil || sb.Template != "ours" {
+			t.Errorf("Create() = %+v, %v", sb, err)
+		}
+		if got := m.Templates(); len(got) != 3 {
+			t.Errorf("Templates() = %+v, want three", got)
+		}
+	})
 }
