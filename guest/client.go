@@ -20,6 +20,8 @@ const (
 	callTime = 10 * time.Second
 	// wakeTime bounds the first call of a VM that was restored: every page that the answer needs may have to come from a busy disk.
 	wakeTime = time.Minute
+	// clockSlack is how far a sandbox's clock may be off: that much may be the time of the call that sets it.
+	clockSlack = time.Second
 	// syncTime bounds a sync in the same way: all of the sandbox's memory may have to go to its disk.
 	syncTime = 5 * time.Minute
 	// maxAnswer bounds what is read of an answer. The largest honest one is the output of a command, every byte of it escaped.

@@ -31,9 +31,6 @@ func (a *agent) save(s savedSettings) {
 	}
 }
 
-// clockSlack is how far a clock may be off: that much may be the time of the call itself.
-const clockSlack = time.Second
-
 // setClock follows the node's clock. A machine that was restored is behind by the length of its sleep.
 func (a *agent) setClock(now time.Time) {
 	if now.IsZero() || time.Since(now).Abs() < clockSlack {
