@@ -49,7 +49,7 @@ type Options struct {
 const (
 	queueTime    = 15 * time.Second // for a turn to create or to save
 	startTime    = 60 * time.Second // until the guest answers, which may have to boot
-	guestTime    = 10 * time.Second // one control call to the guest
+	guestTime    = 30 * time.Second // one control call to the guest, whose memory may still be on its way
 	publishTime  = 2 * time.Second  // one write to the catalogue
 	withdrawTime = time.Second      // delays every kill while the catalogue hangs, so it is short; the routes job repeats it
 	maintainTime = 5 * time.Second  // one look at what the machine made on the host

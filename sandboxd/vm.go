@@ -346,20 +346,20 @@ func (m *VMMachine) kill(ctx context.Context, p Place) error {
 }
 
 // Log is the end of the console, before the last pause and since.
-func (m *VMMachine) Log(p Place, max int64) ([]byte, error) {
-	before, err := readEnd(filepath.Join(p.Dir, vmConsoleName), max)
+func (m *VMMachine) Log(p Place, most int64) ([]byte, error) {
+	before, err := readEnd(filepath.Join(p.Dir, vmConsoleName), most)
 	if err != nil {
 		return nil, err
 	}
-	since, err := m.spec(p).Serial(max)
+	since, err := m.spec(p).Serial(most)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	all := append(before, since...)
-	return all[int64OrZero(int64(len(all))-max):], nil
+	return endOf(slices.Concat(before, since), most), nil
 }
 
-func int64OrZero(n int64) int64 { return max(n, 0) }
+// endOf is the last bytes of a text, at most so many.
+func endOf(text []byte, most int64) []byte { return text[max(0, int64(len(text))-most):] }
 
 // cgroupPrefix begins the names of the cgroups of VMs.
 const cgroupPrefix = "sluice-vm-"
@@ -411,7 +411,7 @@ func readEnd(path string, most int64) ([]byte, error) {
 	if ignoreAbsent(err) != nil {
 		return nil, fmt.Errorf("read log: %w", err)
 	}
-	return text[int64OrZero(int64(len(text))-most):], nil
+	return endOf(text, most), nil
 }
 
 // damaged is the answer to a snapshot that cannot be used, in words for whoever wants the sandbox.

@@ -56,6 +56,43 @@ func TestVMMachineReal(t *testing.T) {
 	t.Run("Suspender", func(t *testing.T) {
 		h.testSuspender(t, words{"count /run/count", "write /root/word", "cat /root/word", "msg=initialized"})
 	})
+	t.Run("Spoof", h.testSpoof)
+	t.Run("Hogs", h.testHogs)
+	t.Run("Siblings", h.testSiblings)
+}
+
+// testSiblings restores one snapshot ten times: what a sandbox must have for itself is in none of the others.
+func (h *vmHost) testSiblings(t *testing.T) {
+	const siblings = 10
+	ctx := t.Context()
+	must := mustOf(t)
+	h.bake(t, h.template, h.manifest)
+	m := h.machine(t)
+	must("setup", m.Setup(ctx))
+	seen := map[string]string{}
+	for i := range siblings {
+		p := Place{ID: fmt.Sprintf("isibling%d", i), Slot: i % 4, Root: h.template, CPUs: 1, MemoryMiB: 192, DiskMiB: 64}
+		p.Dir = filepath.Join(h.dir(t, p.ID), p.ID)
+		began := time.Now()
+		instance, err := m.Start(ctx, p, egress.Policy{}, func(s Step) { t.Logf("%s after %v", s, time.Since(began).Round(time.Millisecond)) })
+		must("start", err)
+		must("init", instance.Init(ctx, guest.InitRequest{MergeEnv: true, Hostname: p.ID, Timestamp: time.Now()}))
+		for what, command := range map[string]string{
+			"random bytes": "random", "uuid": "cat /proc/sys/kernel/random/uuid", "machine-id": "cat /etc/machine-id", "TLS key": "tlskey",
+			"hardware address": "cat /sys/class/net/eth0/address", "host name": "cat /proc/sys/kernel/hostname",
+		} {
+			got := ask(t, instance, command)
+			if other := seen[got]; other != "" || len(got) < 8 {
+				t.Errorf("%s %q of %s is the %s", what, got, p.ID, other)
+			}
+			seen[got] = what + " of " + p.ID
+		}
+		must("destroy", m.Destroy(ctx, p, func(Step) {}))
+	}
+	if got := m.stats.restores.Get(); got != siblings {
+		t.Errorf("%d restores, want %d", got, siblings)
+	}
+	must("close", m.Close(ctx))
 }
 
 // withoutCards is a machine of VMs that have nobody behind their network cards.
@@ -85,6 +122,7 @@ type vmHost struct {
 	hypervisor string
 	state      string
 	template   string
+	manifest   image.Manifest // of the template, where there is one
 	store      *image.Store
 }
 
@@ -148,7 +186,7 @@ func newRealVMHost(t *testing.T, agent, tool string) *vmHost {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h.template = built.Dir
+	h.template, h.manifest = built.Dir, built.Manifest
 	return h
 }
 
@@ -342,6 +380,27 @@ func mustOf(t *testing.T) func(what string, err error) {
 	}
 }
 
+// bake makes what is in root a template with a snapshot. It returns what was said meanwhile.
+func (h *vmHost) bake(t *testing.T, root string, manifest image.Manifest) (said []string) {
+	t.Helper()
+	m := h.machine(t)
+	if err := m.Bake(t.Context(), root, &manifest, func(s string) { said = append(said, s) }); err != nil {
+		t.Fatalf("bake: %v", err)
+	}
+	if len(manifest.More) != 1 {
+		t.Errorf("Bake added %+v", manifest.More)
+	}
+	h.wantClean(t, m)
+	text, err := json.Marshal(manifest)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(root, "manifest.json"), text, 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return said
+}
+
 // testWarm bakes a template and makes sandboxes of it.
 func (h *vmHost) testWarm(t *testing.T) {
 	ctx := t.Context()
@@ -352,18 +411,11 @@ func (h *vmHost) testWarm(t *testing.T) {
 		Version: 1, Name: "baked", Tag: "default", Build: "b", CPUs: 1, MemoryMiB: 192, DiskMiB: 64, StartCmd: "next", ReadyCmd: "write baked",
 		Config: image.Config{Env: []string{"IMAGE=yes", "A=image"}},
 	}
-	m := h.machine(t)
-	var said []string
-	must("bake", m.Bake(ctx, root, &manifest, func(s string) { said = append(said, s) }))
-	if len(said) < 3 || len(manifest.More) != 1 {
-		t.Errorf("Bake said %q and added %+v", said, manifest.More)
+	said := h.bake(t, root, manifest)
+	if len(said) < 3 {
+		t.Errorf("Bake said %q", said)
 	}
-	h.wantClean(t, m)
-	text, err := json.Marshal(manifest)
-	must("encode manifest", err)
-	must("write manifest", os.WriteFile(filepath.Join(root, "manifest.json"), text, 0o644))
-
-	m = h.machine(t)
+	m := h.machine(t)
 	must("setup", m.Setup(ctx))
 	defer func() {
 		must("close", m.Close(context.WithoutCancel(ctx)))

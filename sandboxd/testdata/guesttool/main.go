@@ -2,6 +2,7 @@
 package main
 
 import (
+	"crypto/ecdh"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
@@ -88,6 +89,57 @@ var verbs = map[string]func(args []string) error{
 		fmt.Println(hex.EncodeToString(b[:]))
 		return err
 	},
+	"tlskey": func([]string) error {
+		key, err := ecdh.X25519().GenerateKey(rand.Reader)
+		if err == nil {
+			fmt.Println(hex.EncodeToString(key.PublicKey().Bytes()))
+		}
+		return err
+	},
+	"frame": func(args []string) error { return frame(args[0]) },
+	// reach says how an attempt to connect ends.
+	"reach": func(args []string) error {
+		conn, err := net.DialTimeout("tcp", args[0], 20*time.Second)
+		if err == nil {
+			conn.Close()
+		}
+		fmt.Println(err)
+		return nil
+	},
+	// Hogs: of memory, disk, processes and the processor.
+	"eat": func([]string) error {
+		for all := [][]byte{}; ; {
+			piece := make([]byte, 1<<20)
+			for i := 0; i < len(piece); i += 4096 {
+				piece[i] = 1
+			}
+			all = append(all, piece)
+		}
+	},
+	"fill": func(args []string) error {
+		f, err := os.Create(args[0])
+		for piece := make([]byte, 1<<20); err == nil; {
+			_, err = f.Write(piece)
+		}
+		return err
+	},
+	"bomb": func([]string) error {
+		for range 2 {
+			_, _ = os.StartProcess("/bin/sh", []string{"/bin/sh", "-c", "bomb"}, &os.ProcAttr{})
+		}
+		time.Sleep(time.Minute)
+		return nil
+	},
+	"spin": func([]string) error {
+		for range 8 {
+			go func() {
+				for { //nolint:revive // that is all it does
+				}
+			}()
+		}
+		time.Sleep(time.Minute)
+		return nil
+	},
 	"limit": func([]string) error {
 		var l syscall.Rlimit
 		err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l)
@@ -158,4 +210,21 @@ func await(file, prefix string) error {
 			return fmt.Errorf("%s: %q, %w", file, raw, err)
 		}
 	}
+}
+
+// frame sends a frame as it is, which takes root.
+func frame(text string) error {
+	raw, err := hex.DecodeString(text)
+	if err != nil {
+		return err
+	}
+	dev, err := net.InterfaceByName("eth0")
+	if err != nil {
+		return err
+	}
+	fd, err := syscall.Socket(syscall.AF_PACKET, syscall.SOCK_RAW, 0)
+	if err != nil {
+		return err
+	}
+	return syscall.Sendto(fd, raw, 0, &syscall.SockaddrLinklayer{Ifindex: dev.Index})
 }
