@@ -49,11 +49,7 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	if os.Getenv(envCrash) != "" {
-		crashing := crashingOrchestrator
-		if os.Getenv(envVMs) != "" {
-			crashing = crashingVMOrchestrator
-		}
-		if err := crashing(); err != nil {
+		if err := crashingOrchestrator(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}

@@ -266,7 +266,7 @@ func (n vmNode) liveOn(t *testing.T, m *Manager) fate {
 		if is = diskOnly; sb.MemorySaved {
 			is = paused
 		}
-		if _, resumed, err := m.Connect(ctx, id, ConnectOptions{Timeout: time.Hour}); err != nil || !resumed {
+		if _, resumed, err := m.Connect(ctx, id, ConnectOptions{Timeout: time.Hour, EnvdToken: "secret-envd-token"}); err != nil || !resumed {
 			t.Fatalf("Connect() = resumed %v, %v", resumed, err)
 		}
 	}
