@@ -61,6 +61,7 @@ func benchmarkVMCreate(b *testing.B, together int) {
 		}
 		var wg sync.WaitGroup
 		var mu sync.Mutex
+		var made []string
 		for range together {
 			wg.Go(func() {
 				began := time.Now()
@@ -68,10 +69,14 @@ func benchmarkVMCreate(b *testing.B, together int) {
 				took := time.Since(began)
 				must(err)
 				mu.Lock()
+				defer mu.Unlock()
 				own = append(own, took-timed.others(sb.ID))
-				mu.Unlock()
-				must(m.Kill(ctx, sb.ID))
+				made = append(made, sb.ID)
 			})
+		}
+		wg.Wait()
+		for _, id := range made {
+			wg.Go(func() { must(m.Kill(ctx, id)) })
 		}
 		wg.Wait()
 	}

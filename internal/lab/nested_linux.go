@@ -476,7 +476,7 @@ func (n *Nested) RunTest(t *testing.T) {
 	for _, part := range strings.Split(t.Name(), "/") {
 		names = append(names, "^"+part+"$")
 	}
-	args := []string{"/sluice/test", "-test.run", strings.Join(names, "/"), "-test.count=1", "-test.timeout", "10m"}
+	args := []string{"/sluice/test", "-test.run", strings.Join(names, "/"), "-test.count=1", "-test.timeout", "30m"}
 	if testing.Verbose() {
 		args = append(args, "-test.v")
 	}
