@@ -12,6 +12,7 @@ import (
 
 // Kernel is a Debian cloud kernel with its modules.
 type Kernel struct {
+	Root    string // directory that it was extracted to, or "/"
 	Image   string // vmlinuz
 	Modules string // directory of .ko files
 }
@@ -40,7 +41,7 @@ func FindKernel() (Kernel, error) {
 			for _, lib := range []string{"lib", "usr/lib"} {
 				modules := filepath.Join(root, lib, "modules", version, "kernel")
 				if st, err := os.Stat(modules); err == nil && st.IsDir() {
-					return Kernel{Image: image, Modules: modules}, nil
+					return Kernel{Root: root, Image: image, Modules: modules}, nil
 				}
 			}
 		}

@@ -87,7 +87,7 @@ func InKVM(t *testing.T) bool {
 	if _, err := FindVMM(); err != nil {
 		t.Skip("VM tests need it: " + err.Error())
 	}
-	if kvmWorks() {
+	if NativeKVM() {
 		return true
 	}
 	n := NewNested(t)
@@ -108,8 +108,8 @@ func FindVMM() (string, error) {
 	return filepath.Abs(path)
 }
 
-// kvmWorks tries it: a device that exists may still have nothing behind it.
-func kvmWorks() bool {
+// NativeKVM tells whether this machine's own KVM runs guests, by trying it: a device that exists may still have nothing behind it.
+func NativeKVM() bool {
 	fd, err := unix.Open("/dev/kvm", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return false
@@ -358,6 +358,7 @@ func (p nestedPlan) start(image, disk string) (*Nested, error) {
 	defer t.Stop()
 	select {
 	case <-n.console.ready:
+		go n.keepAwake()
 		return n, nil
 	case <-n.exited:
 		if strings.Contains(n.console.text(), "Could not set up host forwarding") {
@@ -368,6 +369,31 @@ func (p nestedPlan) start(image, disk string) (*Nested, error) {
 		_ = n.cmd.Process.Kill()
 		<-n.exited
 		return nil, fmt.Errorf("it is not up after %v: %s", bootTimeout, n.console.text())
+	}
+}
+
+// beatPause is how long a nested host may oversleep.
+const beatPause = 100 * time.Millisecond
+
+// keepAwake sends a byte now and then until the host ends. Its emulated processor sometimes loses the interrupt of its timer when that comes
+// while a guest runs, and then it sleeps, for minutes, until some other interrupt makes it look at its clock.
+func (n *Nested) keepAwake() {
+	c, err := n.connect(context.Background(), nestedRequest{Beat: true}, nil)
+	if err != nil {
+		return // it has ended, as others will notice
+	}
+	defer c.Close()
+	tick := time.NewTicker(beatPause)
+	defer tick.Stop()
+	for {
+		select {
+		case <-n.exited:
+			return
+		case <-tick.C:
+			if _, err := c.Write([]byte{0}); err != nil {
+				return
+			}
+		}
 	}
 }
 
@@ -388,6 +414,7 @@ type nestedRequest struct {
 	Size int64    `json:",omitempty"`
 	Get  string   `json:",omitempty"`
 	Dial string   `json:",omitempty"`
+	Beat bool     `json:",omitempty"`
 }
 
 // Run runs a program inside and returns its output and its exit code. It is killed when ctx ends.
