@@ -1,6 +1,7 @@
 package sandboxd
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -316,12 +317,17 @@ func (s *vmSandbox) cmdline() string {
 	return "console=ttyS0 panic=-1 quiet loglevel=4 reboot=t random.trust_cpu=on " + network.Cmdline()
 }
 
-// rates are the template's, or the node's.
+// rates are the template's, and the node's where it has none.
 func (s *vmSandbox) rates() vmm.Rates {
-	if s.image == nil || s.image.Rates == (image.Rates{}) {
-		return s.machine.opts.Rates
+	node := s.machine.opts.Rates
+	if s.image == nil {
+		return node
 	}
-	return vmm.Rates(s.image.Rates)
+	own := s.image.Rates
+	return vmm.Rates{
+		NetBytes: cmp.Or(own.NetBytes, node.NetBytes), NetPackets: cmp.Or(own.NetPackets, node.NetPackets),
+		DiskBytes: cmp.Or(own.DiskBytes, node.DiskBytes), DiskOps: cmp.Or(own.DiskOps, node.DiskOps),
+	}
 }
 
 // vmRoot is what a sandbox is made from, opened: whatever becomes of its name, it stays this one.

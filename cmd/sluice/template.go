@@ -102,6 +102,10 @@ func parseTemplateBuild(args []string) (*templateBuild, error) {
 	fs.IntVar(&b.image.CPUs, "cpu", 0, "processors of a sandbox (default 2)")
 	fs.IntVar(&b.image.MemoryMiB, "memory", 0, "memory of a sandbox in `MiB` (default 512)")
 	fs.IntVar(&b.image.DiskMiB, "disk", 0, "writable disk of a sandbox in `MiB` (default 1024)")
+	mbits := fs.Int64("net-mbit", 0, "bandwidth of a sandbox in `Mbit/s`, each way (default 1000)")
+	fs.Int64Var(&b.image.Rates.NetPackets, "net-packets", 0, "packets per second of a sandbox, each way (default 200000)")
+	mibs := fs.Int64("disk-rate", 0, "`MiB/s` of each of a sandbox's disks (default 400)")
+	fs.Int64Var(&b.image.Rates.DiskOps, "disk-ops", 0, "operations per second of each of a sandbox's disks (default 40000)")
 	fs.StringVar(&b.image.User, "user", "", "`user` of commands; empty is the image's")
 	fs.StringVar(&b.image.Workdir, "workdir", "", "`directory` of commands; empty is the image's")
 	env := environment{}
@@ -121,6 +125,11 @@ func parseTemplateBuild(args []string) (*templateBuild, error) {
 	if *state == "" {
 		return nil, errors.New("-state-dir is empty: give a directory")
 	}
+	const most = 1 << 30 // before they are multiplied
+	if *mbits > most || *mibs > most {
+		return nil, fmt.Errorf("-net-mbit %d, -disk-rate %d: at most %d", *mbits, *mibs, most)
+	}
+	b.image.Rates.NetBytes, b.image.Rates.DiskBytes = *mbits*1_000_000/8, *mibs<<20
 	b.image.Name, b.image.Env, b.image.Aliases, b.stateDir = name, env, aliases, *state
 	return &b, nil
 }

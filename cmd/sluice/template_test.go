@@ -185,3 +185,16 @@ func TestDiagnosisIsPrinted(t *testing.T) {
 		t.Errorf("a host that lacks something = %v, %q", err, out.String())
 	}
 }
+
+func TestTemplateRates(t *testing.T) {
+	b, err := parseTemplateBuild([]string{"x", "-from", "dir:/x", "-state-dir", "/x", "-net-mbit", "80", "-net-packets", "3", "-disk-rate", "2", "-disk-ops", "5"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := (image.Rates{NetBytes: 10_000_000, NetPackets: 3, DiskBytes: 2 << 20, DiskOps: 5}); b.image.Rates != want {
+		t.Errorf("rates = %+v, want %+v", b.image.Rates, want)
+	}
+	if _, err := parseTemplateBuild([]string{"x", "-from", "dir:/x", "-state-dir", "/x", "-net-mbit", "9223372036854775807"}); err == nil {
+		t.Error("an absurd rate was taken")
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -502,6 +503,9 @@ func (n *Nested) RunTest(t *testing.T) {
 	var names []string
 	for _, part := range strings.Split(t.Name(), "/") {
 		names = append(names, "^"+part+"$")
+	}
+	if asked := strings.Split(flag.Lookup("test.run").Value.String(), "/"); len(asked) > len(names) {
+		names = append(names, asked[len(names):]...) // subtests of it, which exist only inside
 	}
 	args := []string{"/sluice/test", "-test.run", strings.Join(names, "/"), "-test.count=1", "-test.timeout", "30m"}
 	if testing.Verbose() {

@@ -27,7 +27,7 @@ type File struct {
 	SHA256 string `json:"sha256"`
 }
 
-// Rates bound each sandbox of a template, per second; zero means what the node says.
+// Rates bound each sandbox of a template, per second; what is zero is the node's to say.
 type Rates struct {
 	NetBytes   int64 `json:"net_bytes,omitempty"` // each direction by itself, as are packets
 	NetPackets int64 `json:"net_packets,omitempty"`
