@@ -18,8 +18,11 @@ import (
 	"github.com/sluice-edge/sluice/internal/errs"
 )
 
-// maxArchiveFiles bounds what an image archive may list: a few files per layer.
-const maxArchiveFiles = 100_000
+// What an image archive may list: a few files per layer.
+const (
+	maxArchiveFiles = 100_000
+	maxArchiveNames = 64 << 20 // bytes of their names and targets: each may have a megabyte of them
+)
 
 // archiveBlobs is a tar archive whose files are read where they lie.
 type archiveBlobs struct {
@@ -66,6 +69,7 @@ func openArchiveBlobs(ctx context.Context, file, temp string, limits Limits) (_ 
 		return nil, err
 	}
 	b := &archiveBlobs{f: f, files: map[string]archived{}}
+	names := 0
 	tr := tar.NewReader(f)
 	for {
 		hdr, err := tr.Next()
@@ -77,6 +81,9 @@ func openArchiveBlobs(ctx context.Context, file, temp string, limits Limits) (_ 
 		}
 		if len(b.files) >= maxArchiveFiles {
 			return nil, errs.New(errs.Invalid, "the archive lists more than %d files", maxArchiveFiles)
+		}
+		if names += len(hdr.Name) + len(hdr.Linkname); names > maxArchiveNames {
+			return nil, errs.New(errs.Invalid, "the names in the archive have more than %d bytes", maxArchiveNames)
 		}
 		// The tar reader takes whole headers from the file and nothing ahead of them, so here is where the content begins.
 		at, err := f.Seek(0, io.SeekCurrent)

@@ -84,6 +84,9 @@ func (f *flattener) addFile(root *os.Root, dir, name string, dev uint64, known m
 	if i.xattrs, err = fileXattrs(path.Join(dir, name)); err != nil {
 		return false, err
 	}
+	if err := f.remember(name, "", i.xattrs); err != nil {
+		return false, err
+	}
 	switch i.mode & unix.S_IFMT {
 	case unix.S_IFDIR:
 		i.children = map[string]*entry{}

@@ -24,6 +24,7 @@ import (
 type Limits struct {
 	Entries int   // files, directories and links in all layers together; zero means a million
 	Bytes   int64 // of all layers together, uncompressed; zero means 32 GiB
+	Names   int64 // bytes of names, targets and attributes, all of which are kept in memory; zero means 512 MiB
 	Layers  int   // zero means 256
 }
 
@@ -33,6 +34,9 @@ func (l Limits) withDefaults() Limits {
 	}
 	if l.Bytes == 0 {
 		l.Bytes = 32 << 30
+	}
+	if l.Names == 0 {
+		l.Names = 512 << 20
 	}
 	if l.Layers == 0 {
 		l.Layers = 256
@@ -61,6 +65,7 @@ type flattener struct {
 	seen    int   // entries of all layers
 	bytes   int64 // of all layers, uncompressed
 	kept    int64 // of files; more than bytes where archives have sparse files
+	names   int64 // bytes of all that is said about files besides their content
 	dropped int   // device nodes: the guest's kernel makes its own
 }
 
@@ -175,6 +180,9 @@ func (f *flattener) mergeEntry(hdr *tar.Header, content io.Reader) error {
 	if err != nil {
 		return err
 	}
+	if err := f.remember(hdr.Name, hdr.Linkname, i.xattrs); err != nil {
+		return err
+	}
 	switch hdr.Typeflag {
 	case tar.TypeReg, tar.TypeGNUSparse:
 		if hdr.Size > f.limits.Bytes-f.kept {
@@ -218,6 +226,18 @@ func (f *flattener) mergeEntry(hdr *tar.Header, content io.Reader) error {
 		return nil
 	}
 	return fmt.Errorf("entry of unknown type %q", hdr.Typeflag)
+}
+
+// remember counts what an entry keeps in memory until the image is written. Compressed, it can come from a thousandth of that.
+func (f *flattener) remember(name, target string, xattrs []xattr) error {
+	f.names += int64(len(name) + len(target))
+	for _, x := range xattrs {
+		f.names += int64(len(x.name) + len(x.value))
+	}
+	if f.names > f.limits.Names {
+		return fmt.Errorf("the names, targets and attributes of the image's files have more than %d bytes", f.limits.Names)
+	}
+	return nil
 }
 
 // mergeWhiteout handles the names by which a layer hides things. done is false for every other name.

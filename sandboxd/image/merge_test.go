@@ -130,6 +130,11 @@ func TestMergeRefuses(t *testing.T) {
 		many[i] = file{name: fmt.Sprintf("f%d", i)}
 	}
 	deep := strings.Repeat("d/", 2040) + "x"
+	var attributes, targets []file
+	for i := range 100 {
+		attributes = append(attributes, file{name: fmt.Sprintf("a%d", i), xattrs: map[string]string{"user.a": strings.Repeat("v", 30_000)}})
+		targets = append(targets, file{name: fmt.Sprintf("t%d", i), kind: tar.TypeSymlink, link: strings.Repeat("t", 4000)})
+	}
 	for name, tt := range map[string]struct {
 		raw   []byte
 		entry string // named in the error
@@ -158,6 +163,8 @@ func TestMergeRefuses(t *testing.T) {
 		"large attribute":          {tarOf(t, file{name: "a", xattrs: map[string]string{"user.a": strings.Repeat("v", 70_000)}}), "a", "attributes of more than"},
 		"odd attribute":            {tarOf(t, file{name: "a", xattrs: map[string]string{"user.": "v"}}), "a", "no usable name"},
 		"more entries":             {tarOf(t, many...), "f499", "more than 500"},
+		"attributes without end":   {gzipped(t, tarOf(t, attributes...)), "a", "names, targets and attributes"},
+		"targets without end":      {gzipped(t, tarOf(t, targets...)), "t", "names, targets and attributes"},
 		"more bytes":               {gzipped(t, bomb), "zeros", "may have"},
 		"not a tar":                {[]byte(strings.Repeat("this is not a tar archive. ", 100)), "", "not a tar archive"},
 		"cut tar":                  {tarOf(t, text("a"), file{name: "b", body: strings.Repeat("b", 5000)})[:3000], "b", "cut off"},
@@ -166,7 +173,7 @@ func TestMergeRefuses(t *testing.T) {
 		"bad zstd":                 {append([]byte{0x28, 0xb5, 0x2f, 0xfd}, bytes.Repeat([]byte{0xff}, 600)...), "", "layer 2"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			limits := Limits{Entries: 500, Bytes: 4 << 20}
+			limits := Limits{Entries: 500, Bytes: 4 << 20, Names: 200 << 10}
 			_, err := merge(t, mustSpool(t), limits, good, tt.raw)
 			if err == nil || errs.CodeOf(err) != errs.Invalid {
 				t.Fatalf("merge = %v, want an invalid layer", err)

@@ -31,6 +31,13 @@ func openReference(ctx context.Context, reference string) (*source, error) {
 	if err != nil {
 		return nil, registryError(err)
 	}
+	manifest, err := img.Manifest()
+	if err != nil {
+		return nil, registryError(err)
+	}
+	if size := manifest.Config.Size; size < 0 || size > maxDocument { // the library reads as much as the manifest says
+		return nil, errs.New(errs.Invalid, "the image's configuration has %d bytes, at most %d are possible", size, maxDocument)
+	}
 	file, err := img.ConfigFile()
 	if err != nil {
 		return nil, registryError(err)

@@ -130,6 +130,12 @@ func openDirectory(path string) (*source, error) {
 	return &source{dir: path}, nil
 }
 
+// What a template keeps of an image's configuration. It becomes a part of the manifest, which every create reads.
+const (
+	maxConfig = 128 << 10 // bytes of environment and commands
+	maxPorts  = 1024
+)
+
 // configOf keeps what a template needs of an image's configuration.
 func configOf(c *v1.ConfigFile) (Config, error) {
 	if c.OS != "" && c.OS != "linux" {
@@ -142,6 +148,9 @@ func configOf(c *v1.ConfigFile) (Config, error) {
 		User: c.Config.User, Workdir: c.Config.WorkingDir, Env: c.Config.Env,
 		Entrypoint: c.Config.Entrypoint, Cmd: c.Config.Cmd,
 	}
+	if err := out.check(); err != nil {
+		return Config{}, err
+	}
 	for port := range c.Config.ExposedPorts {
 		number, protocol, _ := strings.Cut(port, "/")
 		n, err := strconv.ParseUint(number, 10, 16)
@@ -150,5 +159,24 @@ func configOf(c *v1.ConfigFile) (Config, error) {
 		}
 	}
 	slices.Sort(out.Ports)
+	out.Ports = slices.Compact(out.Ports) // the protocol may be left out
+	if len(out.Ports) > maxPorts {
+		return Config{}, errs.New(errs.Invalid, "the image exposes %d ports, at most %d are possible", len(out.Ports), maxPorts)
+	}
 	return out, nil
+}
+
+// check refuses what no program can be given.
+func (c *Config) check() error {
+	size := 0
+	for _, text := range slices.Concat([]string{c.User, c.Workdir}, c.Env, c.Entrypoint, c.Cmd) {
+		size += len(text) + 8 // as the kernel counts: each has a pointer
+		if strings.IndexByte(text, 0) >= 0 {
+			return errs.New(errs.Invalid, "the image's configuration has a NUL byte in %q", clip(text))
+		}
+	}
+	if size > maxConfig {
+		return errs.New(errs.Invalid, "user, directory, environment and commands of the image have %d bytes, at most %d are possible", size, maxConfig)
+	}
+	return nil
 }

@@ -228,6 +228,10 @@ func TestArchiveSource(t *testing.T) {
 
 func TestBadArchives(t *testing.T) {
 	good := dockerArchive(t, [][]byte{tarOf(t, file{name: "a"})})
+	var named []file
+	for i := range 80 {
+		named = append(named, file{name: fmt.Sprintf("%d", i) + strings.Repeat("n", 1<<20-100)})
+	}
 	circle := []file{{name: "manifest.json", body: `[{"Config":"c","Layers":[]}]`}, {name: "c", kind: tar.TypeSymlink, link: "d"}, {name: "d", kind: tar.TypeSymlink, link: "c"}}
 	for name, tt := range map[string]struct {
 		raw []byte
@@ -244,6 +248,7 @@ func TestBadArchives(t *testing.T) {
 		"layers missing": {tarOf(t, file{name: "manifest.json", body: `[{"Config":"c","Layers":["a"]}]`}, file{name: "c", body: "{}"}), "1 layers, the configuration 0"},
 		"twice":          {tarOf(t, file{name: "a"}, file{name: "a"}), "twice"},
 		"bad gzip":       {gzipped(t, good)[:100], "decompress"},
+		"long names":     {gzipped(t, tarOf(t, named...)), "names in the archive"},
 		"large document": {tarOf(t, file{name: "manifest.json", body: strings.Repeat(" ", maxDocument+1)}), "larger than"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -253,6 +258,27 @@ func TestBadArchives(t *testing.T) {
 			}
 			mustRefuse(t, path, errs.Invalid, tt.why)
 		})
+	}
+}
+
+// TestConfigsThatNoProgramCanHave: they would be in the manifest of a template, which could be built and then never be used.
+func TestConfigsThatNoProgramCanHave(t *testing.T) {
+	ports := map[string]struct{}{}
+	for i := range 65535 {
+		ports[fmt.Sprint(i+1)], ports[fmt.Sprintf("%d/tcp", i+1)] = struct{}{}, struct{}{}
+	}
+	for name, tt := range map[string]struct {
+		config v1.Config
+		why    string
+	}{
+		"environment":   {v1.Config{Env: []string{"A=" + strings.Repeat("a", maxConfig)}}, "environment"},
+		"many commands": {v1.Config{Cmd: make([]string, 1_000_000)}, "commands"},
+		"NUL in a user": {v1.Config{User: "root\x00"}, "NUL"},
+		"ports":         {v1.Config{ExposedPorts: ports}, "65535 ports"},
+	} {
+		if _, err := configOf(&v1.ConfigFile{Config: tt.config}); errs.CodeOf(err) != errs.Invalid || !strings.Contains(fmt.Sprint(err), tt.why) {
+			t.Errorf("%s: %v, want it refused for its %s", name, err, tt.why)
+		}
 	}
 }
 
@@ -327,6 +353,26 @@ func TestReferenceSource(t *testing.T) {
 	mustHold(t, "docker://"+ref.String())
 	mustRefuse(t, host+"/team/none:v1", errs.NotFound, "no such image")
 	mustRefuse(t, "docker://UPPER/x", errs.Invalid, "image reference")
+	private = false
+	img := testImage(t, runtime.GOARCH)
+	huge, err := img.Manifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []int64{-1, 1 << 40} { // the first is "unknown" to the library, which then reads for ever
+		huge.Config.Size = size
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodPut, server.URL+"/v2/team/app/manifests/huge", strings.NewReader(mustJSON(t, huge)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Header.Set("Content-Type", string(huge.MediaType))
+		resp, err := http.DefaultClient.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		mustRefuse(t, host+"/team/app:huge", errs.Invalid, "configuration has")
+	}
 	server.Close()
 	mustRefuse(t, ref.String(), errs.Unavailable, "cannot be asked")
 }
