@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/sluice-edge/sluice/internal/config"
@@ -49,9 +50,18 @@ func main() {
 		os.Exit(int(code))
 	}
 	if err != nil && !errors.Is(err, config.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "sluice:", err)
+		complain(os.Stderr, err)
 		os.Exit(1)
 	}
+}
+
+// complain prints an error. A part of it may come from an image, a registry, or the console of a guest.
+func complain(out io.Writer, err error) {
+	lines := strings.Split(err.Error(), "\n")
+	for i, line := range lines {
+		lines[i] = plain(strings.TrimSuffix(line, "\r")) // consoles end lines with both
+	}
+	fmt.Fprintln(out, "sluice:", strings.Join(lines, "\n"))
 }
 
 func dispatch(ctx context.Context, args []string) error {

@@ -84,6 +84,41 @@ func TestTemplateListAndRemove(t *testing.T) {
 	}
 }
 
+// TestErrorsDoNotSteerTheTerminal: what an image says is part of errors, and so are a registry's words and the last ones of a guest's console.
+func TestErrorsDoNotSteerTheTerminal(t *testing.T) {
+	var out bytes.Buffer
+	complain(&out, errors.New("boot: the console ended with:\r\n\x1b]0;owned\a\x1b[2Jhello\u202e\u009b31m\n\tbye\rsluice: done"))
+	want := "sluice: boot: the console ended with:\n\ufffd]0;owned\ufffd\ufffd[2Jhello\ufffd\ufffd31m\n bye\ufffdsluice: done\n"
+	if out.String() != want {
+		t.Errorf("printed %q, want %q", out.String(), want)
+	}
+	// An image that is for another system says for which.
+	dir := t.TempDir()
+	index := `{"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"sha256:` + strings.Repeat("0", 64) +
+		`","platform":{"os":"\u001b]0;owned\u0007","architecture":"any"}}]}`
+	for name, text := range map[string]string{"oci-layout": `{"imageLayoutVersion":"1.0.0"}`, "index.json": index} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	store, err := daemon.OpenTemplates(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel := make([]byte, 64)
+	copy(kernel, "\x7fELF\x02\x01")
+	kernel[18] = 0x3e // x86-64
+	if err := os.WriteFile(filepath.Join(dir, "vmlinux"), kernel, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err = image.Build(t.Context(), image.Options{Store: store, Name: "x", From: dir, Agent: filepath.Join(dir, "vmlinux"), Kernel: filepath.Join(dir, "vmlinux")}, nil)
+	out.Reset()
+	complain(&out, err)
+	if text := out.String(); !strings.Contains(text, "owned") || strings.ContainsAny(text, "\x1b\a") {
+		t.Errorf("printed %q", text)
+	}
+}
+
 func TestTemplateArguments(t *testing.T) {
 	t.Setenv("SLUICE_STATE_DIR", t.TempDir())
 	for _, tt := range []struct {
