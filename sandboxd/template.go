@@ -111,6 +111,12 @@ func (m *Manager) Templates() []Template {
 	return all
 }
 
+// The lengths that a template's name can have in a store: a snapshot of a longer one could never be asked for.
+const (
+	maxNamePart = 128
+	maxName     = 200 // of both parts
+)
+
 // parseTemplate splits a template reference into its name, with the namespace if there is one, and its tag, which is "default"
 // when not given.
 func parseTemplate(reference string) (name, tag string, err error) {
@@ -128,9 +134,12 @@ func parseTemplate(reference string) (name, tag string, err error) {
 		namespace, alias = "none", name
 	}
 	for _, part := range []string{namespace, alias, tag} {
-		if part == "" || part[0] == '.' || strings.ContainsFunc(part, notInName) {
+		if part == "" || len(part) > maxNamePart || part[0] == '.' || strings.ContainsFunc(part, notInName) {
 			return "", "", invalid
 		}
+	}
+	if len(name) > maxName {
+		return "", "", invalid
 	}
 	return name, tag, nil
 }

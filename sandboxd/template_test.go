@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/sandboxd/image"
 )
 
 func TestTemplates(t *testing.T) {
@@ -44,13 +45,18 @@ func TestTemplates(t *testing.T) {
 	}
 }
 
-// FuzzParseTemplate: what is accepted is made of safe parts, and is its own reference.
+// FuzzParseTemplate: what is accepted is made of safe parts, is its own reference, and is what a store of templates takes for a name: a snapshot
+// that could be given another name would never be found by it.
 func FuzzParseTemplate(f *testing.F) {
-	for _, s := range []string{"base", "a/b:c", "A", "../x", "a::b", ".a", "a/.b"} {
+	long := strings.Repeat("n", 128)
+	for _, s := range []string{"base", "a/b:c", "A", "../x", "a::b", ".a", "a/.b", long, long + "n", long + "/" + long[1:], "b:" + long + "n", "/", "a/"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, reference string) {
 		name, tag, err := parseTemplate(reference)
+		if n, storeErr := image.ParseName(reference); (err == nil) != (storeErr == nil) || err == nil && (n.Base() != name || n.Tag != tag) {
+			t.Errorf("parseTemplate(%q) = %q, %q, %v, and for a store %v, %v", reference, name, tag, err, n, storeErr)
+		}
 		if err != nil || len(reference) > 240 { // with its tag written out it may be too long
 			return
 		}

@@ -9,6 +9,9 @@ import (
 // DefaultTag is the tag of a name that has none.
 const DefaultTag = "default"
 
+// maxNameDir leaves room in the name of a directory, which holds 255 bytes, for what makes it one of a build.
+const maxNameDir = 200
+
 // Name is the parsed form of [namespace/]alias[:tag], in lower case.
 type Name struct {
 	Namespace string // may be empty
@@ -38,7 +41,11 @@ func ParseName(reference string) (Name, error) {
 			return Name{}, invalid
 		}
 	}
-	return Name{namespace, alias, tag}, nil
+	n := Name{namespace, alias, tag}
+	if len(n.dir()) > maxNameDir {
+		return Name{}, invalid
+	}
+	return n, nil
 }
 
 func notInName(r rune) bool {

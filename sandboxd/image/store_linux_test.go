@@ -320,6 +320,23 @@ func TestParseName(t *testing.T) {
 	}
 }
 
+// TestLongestName: a reference that the grammar allows, and no directory can be named after, was no unknown template but trouble of the node.
+func TestLongestName(t *testing.T) {
+	s := mustStore(t)
+	long := strings.Repeat("n", 128) + "/" + strings.Repeat("a", 127)
+	if _, err := s.Get(long); errs.CodeOf(err) != errs.Invalid {
+		t.Errorf("Get(%q) = %v, want it invalid", long, err)
+	}
+	longest := strings.Repeat("n", 100) + "/" + strings.Repeat("a", 99)
+	if _, err := s.Get(longest); errs.CodeOf(err) != errs.NotFound {
+		t.Errorf("Get(%q) = %v, want it not found", longest, err)
+	}
+	mustBuild(t, smallOptions(t, s, longest))
+	if _, err := s.Get(longest); err != nil {
+		t.Errorf("Get(%q) = %v", longest, err)
+	}
+}
+
 func FuzzName(f *testing.F) {
 	f.Add("team/base:v1")
 	f.Fuzz(func(t *testing.T, reference string) {
@@ -332,6 +349,9 @@ func FuzzName(f *testing.F) {
 		}
 		if back, err := nameOfDir(n.dir(), n.Tag); err != nil || back != n {
 			t.Errorf("%q has the directory %q, which is %v, %v", reference, n.dir(), back, err)
+		}
+		if len(n.dir()+tempSeparator) > 240 || len(n.Tag) > 240 {
+			t.Errorf("%q has a directory with a longer name than there is", reference)
 		}
 		if dir := filepath.Join(n.dir(), n.Tag); !filepath.IsLocal(dir) || strings.Count(dir, "/") != 1 || strings.HasPrefix(dir, ".") {
 			t.Errorf("%q has the directory %q", reference, dir)
