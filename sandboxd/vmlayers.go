@@ -20,6 +20,8 @@ import (
 const (
 	layersReady = 3
 	layersKinds = 8
+	// layerMost is the disk space of a layer of which copies are kept: where the file system cannot share blocks, each takes as much again.
+	layerMost = 256 << 20
 )
 
 // layers hands out the private writable layers of new sandboxes. A copy costs milliseconds that a create should not wait for, so copies of
@@ -70,11 +72,11 @@ func (l *layers) sweep() error {
 // take makes path a private copy of the disk at source, which path must be on the file system of. name is where that disk will be found
 // for the next copies, unless another one has its place by then.
 func (l *layers) take(source, name, path string) error {
-	id, err := identify(source)
+	id, size, err := identify(source)
 	if err != nil {
 		return fmt.Errorf("find writable layer: %w", err)
 	}
-	for copied := l.pop(id, name); copied != ""; copied = l.pop(id, name) {
+	for copied := l.pop(id, name, size); copied != ""; copied = l.pop(id, name, size) {
 		if err := os.Rename(copied, path); err == nil {
 			return nil
 		}
@@ -90,7 +92,10 @@ func (l *layers) take(source, name, path string) error {
 }
 
 // pop returns a copy that was made ahead, or nothing, and notes that this disk is wanted.
-func (l *layers) pop(id fileID, name string) string {
+func (l *layers) pop(id fileID, name string, size int64) string {
+	if size > layerMost {
+		return ""
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for i, kind := range l.kinds {
@@ -131,7 +136,7 @@ func (l *layers) fill(ctx context.Context) error {
 		if kind == nil {
 			return nil
 		}
-		if now, err := identify(kind.path); err != nil || now != kind.source {
+		if now, _, err := identify(kind.path); err != nil || now != kind.source {
 			l.drop(kind) // its template is gone, or another one by now
 			continue
 		}
@@ -180,12 +185,13 @@ func (l *layers) drop(kind *layerKind) {
 	}
 }
 
-func identify(path string) (fileID, error) {
+// identify returns which file it is, and how much disk space it takes.
+func identify(path string) (id fileID, size int64, err error) {
 	var st syscall.Stat_t
 	if err := syscall.Stat(path, &st); err != nil {
-		return fileID{}, &os.PathError{Op: "stat", Path: path, Err: err}
+		return fileID{}, 0, &os.PathError{Op: "stat", Path: path, Err: err}
 	}
-	return fileID{st.Dev, st.Ino}, nil
+	return fileID{st.Dev, st.Ino}, st.Blocks * 512, nil
 }
 
 // diskFull gives a full disk its meaning for whoever wanted something new on it.
