@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -133,18 +132,22 @@ func lastLines(b []byte, n int) (lines []string) {
 	return lines[max(0, len(lines)-n):]
 }
 
-// openPlain opens a plain file below dir where a hypervisor may write: whatever it put there, we neither leave dir nor block.
+// openPlain opens a plain file below dir where a hypervisor may write: whatever it put there, we neither leave its directories nor block.
+// An os.Root would not do: it follows links that stay beneath it, and beside those directories are links to the template's own files.
 func openPlain(dir, name string, flag int) (*os.File, error) {
-	r, err := os.OpenRoot(dir)
+	parent, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, err
+		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
-	defer r.Close()
-	// Beneath dir the Root holds us; a link to another file of the same sandbox harms only that sandbox.
-	f, err := r.OpenFile(filepath.ToSlash(name), flag|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	defer unix.Close(parent)
+	fd, err := unix.Openat2(parent, name, &unix.OpenHow{
+		Flags:   uint64(flag | unix.O_NONBLOCK | unix.O_NOFOLLOW | unix.O_CLOEXEC),
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
 	if err != nil {
-		return nil, err
+		return nil, &os.PathError{Op: "open", Path: name, Err: err}
 	}
+	f := os.NewFile(uintptr(fd), name)
 	st, err := f.Stat()
 	if err == nil && !st.Mode().IsRegular() {
 		err = fmt.Errorf("%s is not a plain file", name)

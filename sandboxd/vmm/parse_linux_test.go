@@ -172,6 +172,32 @@ func TestNoLinkLeadsOut(t *testing.T) {
 	}
 }
 
+// TestLogIsNoLinkToATemplate: beside the directories of a hypervisor are links to what all sandboxes of a template share, and a link of its own
+// in place of its console would have the node free the blocks of that.
+func TestLogIsNoLinkToATemplate(t *testing.T) {
+	spec := Spec{Dir: t.TempDir()}
+	if err := os.Mkdir(spec.runDir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	shared := filepath.Join(spec.Dir, "root.erofs")
+	whole := bytes.Repeat([]byte("shared by all"), 100_000)
+	if err := os.WriteFile(shared, whole, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("../root.erofs", filepath.Join(spec.runDir(), serialName)); err != nil {
+		t.Fatal(err)
+	}
+	if err := boundLog(spec.Dir, serialFile, 64<<10); err == nil {
+		t.Error("boundLog follows a link that stays beneath the VM's directory")
+	}
+	if got, err := os.ReadFile(shared); err != nil || !bytes.Equal(got, whole) {
+		t.Errorf("the file that all share is changed, %v", err)
+	}
+	if b, err := spec.Serial(10); err == nil {
+		t.Errorf("Serial follows a link: %q", b)
+	}
+}
+
 func TestBoundLog(t *testing.T) {
 	dir := t.TempDir()
 	name := filepath.Join(dir, "log")
