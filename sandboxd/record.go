@@ -12,7 +12,7 @@ import (
 	"syscall"
 
 	"github.com/sluice-edge/sluice/internal/errs"
-	"github.com/sluice-edge/sluice/sandboxd/namespace"
+	"github.com/sluice-edge/sluice/internal/tree"
 )
 
 const (
@@ -105,11 +105,11 @@ func (j journal) remove(id string) error {
 		if e.Name() == recordFile {
 			continue
 		}
-		if err := namespace.RemoveTree(filepath.Join(dir, e.Name())); err != nil {
+		if err := tree.Remove(filepath.Join(dir, e.Name())); err != nil {
 			return fmt.Errorf("remove directory of sandbox: %w", err)
 		}
 	}
-	if err := namespace.RemoveTree(dir); err != nil {
+	if err := tree.Remove(dir); err != nil {
 		return fmt.Errorf("remove directory of sandbox: %w", err)
 	}
 	return nil

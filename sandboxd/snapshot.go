@@ -16,7 +16,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/sluice-edge/sluice/internal/errs"
-	"github.com/sluice-edge/sluice/sandboxd/namespace"
+	"github.com/sluice-edge/sluice/internal/tree"
 )
 
 const (
@@ -245,7 +245,7 @@ func (s *snapshots) load(log *zap.Logger) error {
 		path := filepath.Join(s.dir, e.Name())
 		if strings.HasPrefix(e.Name(), snapshotNew) {
 			log.Warn("snapshot that was never finished removed", zap.String("snapshot", strings.TrimPrefix(e.Name(), snapshotNew)))
-			if err := namespace.RemoveTree(path); err != nil {
+			if err := tree.Remove(path); err != nil {
 				return fmt.Errorf("remove half a snapshot: %w", err)
 			}
 			continue
@@ -291,7 +291,7 @@ func (s *snapshots) begin(id string) (dir string, err error) {
 }
 
 // abandon removes what begin made and finish did not take; what stays after a failure is removed by the next start.
-func (s *snapshots) abandon(dir string) { _ = namespace.RemoveTree(dir) }
+func (s *snapshots) abandon(dir string) { _ = tree.Remove(dir) }
 
 // finish gives a snapshot its description and its name. One that no create shall find is in use by the caller, who calls release.
 func (s *snapshots) finish(dir string, r *snapshotRecord) error {
@@ -427,7 +427,7 @@ func (s *snapshots) sweep() error {
 		temp := filepath.Join(s.dir, snapshotNew+id)
 		err := ignoreAbsent(os.Rename(filepath.Join(s.dir, id), temp))
 		if err == nil {
-			err = namespace.RemoveTree(temp)
+			err = tree.Remove(temp)
 		}
 		if err != nil {
 			failures = append(failures, fmt.Errorf("remove files of snapshot %s: %w", id, err))

@@ -220,3 +220,17 @@ func TestForkBombIsContained(t *testing.T) {
 		}
 	}
 }
+
+// Destroy with what a hostile sandbox left, under ids of its own.
+func TestDestroyOfADeepTree(t *testing.T) {
+	b := startBox(t, testMachine(t))
+	r := b.run(1000, "python3", "-c", `
+import os
+os.chdir('/home/user')
+for _ in range(3000):
+    os.mkdir('d'); os.chdir('d')
+print('ok')`)
+	if r.Out != "ok\n" {
+		t.Fatalf("%+v", r)
+	}
+}

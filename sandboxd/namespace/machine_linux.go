@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/internal/tree"
 	"github.com/sluice-edge/sluice/sandboxd/cgroup"
 
 	"go.uber.org/zap"
@@ -573,7 +574,7 @@ func (m *Machine) killSurvivors(ctx context.Context, spec Spec) error {
 func removeFiles(dir string) error {
 	var all error
 	for _, name := range []string{rwName, stageName, controlName, pidName, cgroupsName} {
-		all = errors.Join(all, RemoveTree(filepath.Join(dir, name)))
+		all = errors.Join(all, tree.Remove(filepath.Join(dir, name)))
 	}
 	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
 		all = errors.Join(all, err)

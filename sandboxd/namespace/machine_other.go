@@ -4,7 +4,6 @@ package namespace
 
 import (
 	"context"
-	"os"
 
 	"github.com/sluice-edge/sluice/internal/errs"
 )
@@ -24,9 +23,6 @@ func MaybeInit() {}
 
 // New is refused.
 func New(Config) (*Machine, error) { return nil, errLinuxOnly }
-
-// RemoveTree is os.RemoveAll: no sandbox has filled dir.
-func RemoveTree(dir string) error { return os.RemoveAll(dir) }
 
 // Limitations says why.
 func (*Machine) Limitations() []string { return []string{errLinuxOnly.Msg} }

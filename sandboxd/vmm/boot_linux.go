@@ -82,7 +82,7 @@ func (vm *VM) snapshotOnce(ctx context.Context, out *os.Root, draft *Draft) erro
 	if err := out.Mkdir(name, 0o700); err != nil {
 		return diskError("snapshot", err)
 	}
-	defer out.RemoveAll(name)
+	defer discard(out, name)
 	if err := out.Lchown(name, int(vm.spec.UID), int(vm.spec.UID)); err != nil {
 		return fmt.Errorf("snapshot: %w", err)
 	}

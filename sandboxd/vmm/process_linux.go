@@ -15,6 +15,7 @@ import (
 	"unsafe"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/internal/tree"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -176,8 +177,7 @@ func killEach(ctx context.Context, meant func(pid int) bool) error {
 func (s Spec) Clean() error {
 	var errAll error
 	for _, n := range []string{apiName, vmmLogName, treeName, runName, outName} {
-		// RemoveAll follows no links, which is what a hypervisor could have left.
-		errAll = errors.Join(errAll, os.RemoveAll(filepath.Join(s.Dir, n)))
+		errAll = errors.Join(errAll, tree.Remove(filepath.Join(s.Dir, n)))
 	}
 	return errAll
 }
@@ -333,7 +333,7 @@ func clearRun(s Spec) error {
 			err = r.Rename(n, n+".old")
 		case n == serialName+".old", strings.HasPrefix(n, vsockName+"_"): // the latter are ours: see ListenGuest
 		default:
-			err = r.RemoveAll(n)
+			err = tree.Remove(filepath.Join(s.runDir(), n))
 		}
 		if err != nil {
 			return fmt.Errorf("clear the VM's directory: %w", err)

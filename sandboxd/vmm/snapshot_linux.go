@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/internal/tree"
 
 	"golang.org/x/sys/unix"
 )
@@ -71,7 +72,7 @@ func OpenSnapshots(dir string) (*Snapshots, error) {
 	}
 	for _, e := range entries {
 		if strings.HasPrefix(e.Name(), draftPrefix) || strings.HasPrefix(e.Name(), gonePrefix) {
-			if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			if err := tree.Remove(filepath.Join(dir, e.Name())); err != nil {
 				return nil, fmt.Errorf("remove half-made snapshot: %w", err)
 			}
 		}
@@ -106,20 +107,26 @@ func (d *Draft) CopyIn(ctx context.Context, name, src string) error {
 	return CopySparse(ctx, filepath.Join(d.dir, name), src)
 }
 
+// maxTaken bounds how many files a hypervisor may write for one snapshot; an honest one writes three.
+const maxTaken = 64
+
 // take moves the files of a directory where a hypervisor may write into the draft. Only plain files are taken, and they are made the
 // node's own, so that the next VM's user can read them and no VM's user can write them.
 func (d *Draft) take(ctx context.Context, from *os.Root, name string) error {
-	dir, err := from.Open(name)
+	// It may have put anything in place of the directory: a link, or a pipe that would be waited for.
+	dir, err := from.OpenFile(name, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	names, err := dir.Readdirnames(-1)
-	if err != nil {
-		return err
-	}
-	if len(names) == 0 {
+	names, err := dir.Readdirnames(maxTaken + 1)
+	switch {
+	case errors.Is(err, io.EOF):
 		return errors.New("the hypervisor wrote nothing")
+	case err != nil:
+		return err
+	case len(names) > maxTaken:
+		return fmt.Errorf("the hypervisor wrote more than %d files", maxTaken)
 	}
 	target, err := os.Open(d.dir)
 	if err != nil {
@@ -130,7 +137,7 @@ func (d *Draft) take(ctx context.Context, from *os.Root, name string) error {
 		if !snapshotPattern.MatchString(n) || n == manifestName {
 			return fmt.Errorf("the hypervisor wrote a file named %q", clip(n))
 		}
-		err := unix.Renameat(int(dir.Fd()), n, int(target.Fd()), n)
+		err := moveFile(dir, n, target)
 		if errors.Is(err, unix.EXDEV) {
 			err = d.copyFrom(ctx, dir, n)
 		}
@@ -142,6 +149,29 @@ func (d *Draft) take(ctx context.Context, from *os.Root, name string) error {
 		}
 	}
 	return nil
+}
+
+// moveFile moves anything but a directory, which its owner could go on filling.
+func moveFile(from *os.File, name string, to *os.File) error {
+	if err := unix.Linkat(int(from.Fd()), name, int(to.Fd()), name, 0); err != nil {
+		return err
+	}
+	return unix.Unlinkat(int(from.Fd()), name, 0)
+}
+
+// discard removes a directory where a hypervisor may write at this very moment. What there is more than an honest one would leave stays
+// until its VM's directory is removed.
+func discard(from *os.Root, name string) {
+	dir, err := from.OpenFile(name, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return
+	}
+	defer dir.Close()
+	names, _ := dir.Readdirnames(maxTaken)
+	for _, n := range names {
+		_ = unix.Unlinkat(int(dir.Fd()), n, 0)
+	}
+	_ = from.Remove(name)
 }
 
 // copyFrom is for a VM's directory on another file system.

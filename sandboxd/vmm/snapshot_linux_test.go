@@ -5,11 +5,13 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
 
@@ -250,7 +252,14 @@ func TestTakeRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer r.Close()
-			if err := d.take(t.Context(), r, "s1"); err == nil {
+			taken := make(chan error, 1)
+			go func() { taken <- d.take(t.Context(), r, "s1") }()
+			select {
+			case err = <-taken:
+			case <-time.After(time.Minute):
+				t.Fatal("take waits for the hypervisor")
+			}
+			if err == nil {
 				if _, err := d.Commit(t.Context(), "x", nil); err == nil {
 					t.Error("it is taken")
 				}
@@ -269,7 +278,60 @@ func TestTakeRefuses(t *testing.T) {
 		return errors.Join(os.WriteFile(a, nil, 0o600), os.Link(a, filepath.Join(filepath.Dir(dir), "b")))
 	})
 	check("manifest", func(dir string) error { return os.WriteFile(filepath.Join(dir, manifestName), []byte("{}"), 0o600) })
+	check("pipe in its place", func(dir string) error { return errors.Join(os.Remove(dir), unix.Mkfifo(dir, 0o600)) })
+	check("more than anybody could need", func(dir string) error {
+		var all error
+		for i := range 2 * maxTaken {
+			all = errors.Join(all, os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), nil, 0o600))
+		}
+		return all
+	})
 	check("hidden", func(dir string) error { return os.WriteFile(filepath.Join(dir, ".x"), nil, 0o600) })
+}
+
+// TestCleanOfADeepTree: a hypervisor that was taken over made directories in directories, one more than this process may have descriptors. The
+// node could never remove them, and each attempt took all descriptors from everybody else for a moment.
+func TestCleanOfADeepTree(t *testing.T) {
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	few := unix.Rlimit{Cur: 256, Max: old.Max}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &few); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Setrlimit(unix.RLIMIT_NOFILE, &old) }()
+	spec := Spec{Dir: t.TempDir()}
+	for _, dir := range []string{spec.runDir(), spec.outDir()} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		at, err := unix.Open(dir, unix.O_PATH, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 * few.Cur {
+			if err := unix.Mkdirat(at, "d", 0o700); err != nil {
+				t.Fatal(err)
+			}
+			next, err := unix.Openat(at, "d", unix.O_PATH, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			unix.Close(at)
+			at = next
+		}
+		unix.Close(at)
+	}
+	if err := clearRun(spec); err != nil {
+		t.Errorf("clearRun: %v", err)
+	}
+	if err := spec.Clean(); err != nil {
+		t.Errorf("Clean: %v", err)
+	}
+	if left, err := os.ReadDir(spec.Dir); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
 }
 
 // TestSnapshotFullDisk: a full disk has its own meaning, and leaves no half of a snapshot.

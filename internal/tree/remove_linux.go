@@ -1,4 +1,4 @@
-package namespace
+package tree
 
 import (
 	"crypto/rand"
@@ -15,12 +15,12 @@ import (
 // maxErrorPath bounds the text of a path in an error: a sandbox chooses its names, and an error goes to a log.
 const maxErrorPath = 200
 
-// RemoveTree removes what a sandbox has filled: dir and everything in it, links themselves and not what they lead to. The
+// Remove removes what a sandbox has filled: dir and everything in it, links themselves and not what they lead to. The
 // tree may be of any depth and width. Three descriptors and little memory are all it takes, because a directory that is
 // not empty is moved up to dir before it is emptied, so that the walk never goes down. It never enters a mount, which can
 // neither be moved nor removed. Nobody may be using the tree. What cannot be removed is left, with all the rest gone, and
 // the first reason is the error; that dir does not exist is none.
-func RemoveTree(dir string) error {
+func Remove(dir string) error {
 	parent, err := unix.Open(filepath.Dir(dir), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
@@ -66,7 +66,7 @@ func shortPath(path string) string {
 	return fmt.Sprintf("%q", path)
 }
 
-// remover is one RemoveTree. Directories that were not empty wait below root as prefix0, prefix1, ... up to moved.
+// remover is one Remove. Directories that were not empty wait below root as prefix0, prefix1, ... up to moved.
 type remover struct {
 	root   int
 	prefix string // that no sandbox can know

@@ -1,4 +1,4 @@
-package namespace
+package tree
 
 import (
 	"errors"
@@ -36,8 +36,8 @@ func makeDeep(t *testing.T, dir, name string, levels int) {
 
 func wantGone(t *testing.T, dir string) {
 	t.Helper()
-	if err := RemoveTree(dir); err != nil {
-		t.Errorf("RemoveTree = %v", err)
+	if err := Remove(dir); err != nil {
+		t.Errorf("Remove = %v", err)
 	}
 	if _, err := os.Lstat(dir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("%s is left: %v", dir, err)
@@ -45,7 +45,7 @@ func wantGone(t *testing.T, dir string) {
 }
 
 // os.RemoveAll holds a descriptor for each level: a deep tree was one that no node could ever remove, and killed it.
-func TestRemoveTreeDeeperThanDescriptors(t *testing.T) {
+func TestRemoveDeeperThanDescriptors(t *testing.T) {
 	var old unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
 		t.Fatal(err)
@@ -70,7 +70,7 @@ func TestRemoveTreeDeeperThanDescriptors(t *testing.T) {
 	wantGone(t, dir)
 }
 
-func TestRemoveTreeWide(t *testing.T) {
+func TestRemoveWide(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "wide")
 	for i := range 1000 {
 		if err := os.MkdirAll(filepath.Join(dir, fmt.Sprint("a", i%50), fmt.Sprint("b", i)), 0o755); err != nil {
@@ -88,7 +88,7 @@ func TestRemoveTreeWide(t *testing.T) {
 	wantGone(t, filepath.Join(dir, "child", "of", "nothing"))
 }
 
-func TestRemoveTreeFollowsNoLinks(t *testing.T) {
+func TestRemoveFollowsNoLinks(t *testing.T) {
 	outside := t.TempDir()
 	if err := os.WriteFile(filepath.Join(outside, "keep"), []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
@@ -115,8 +115,10 @@ func TestRemoveTreeFollowsNoLinks(t *testing.T) {
 	}
 }
 
-func TestRemoveTreeEntersNoMount(t *testing.T) {
-	needRoot(t)
+func TestRemoveEntersNoMount(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: run the tests as root, or in a privileged container")
+	}
 	outside := t.TempDir()
 	if err := os.WriteFile(filepath.Join(outside, "keep"), nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -130,10 +132,10 @@ func TestRemoveTreeEntersNoMount(t *testing.T) {
 	if err := unix.Mount(outside, mounted, "", unix.MS_BIND, ""); err != nil {
 		t.Fatal(err)
 	}
-	if err := RemoveTree(mounted); !errors.Is(err, unix.EBUSY) {
-		t.Errorf("RemoveTree of a mount = %v, want EBUSY", err)
+	if err := Remove(mounted); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("Remove of a mount = %v, want EBUSY", err)
 	}
-	err := RemoveTree(dir)
+	err := Remove(dir)
 	if uerr := unix.Unmount(mounted, 0); uerr != nil {
 		// Moved up before the mount in it was found.
 		all, _ := filepath.Glob(filepath.Join(dir, ".removing-*", long))
@@ -145,7 +147,7 @@ func TestRemoveTreeEntersNoMount(t *testing.T) {
 		}
 	}
 	if !errors.Is(err, unix.EBUSY) || len(err.Error()) > 2*maxErrorPath+100 || strings.Contains(err.Error(), long) {
-		t.Errorf("RemoveTree over a mount = %v, want a short EBUSY", err)
+		t.Errorf("Remove over a mount = %v, want a short EBUSY", err)
 	}
 	if _, err := os.Stat(filepath.Join(outside, "keep")); err != nil {
 		t.Errorf("what was mounted: %v", err)
@@ -156,8 +158,8 @@ func TestRemoveTreeEntersNoMount(t *testing.T) {
 	wantGone(t, dir)
 }
 
-// TestRemoveTreeLocked runs again as somebody who is not root, to whom the permissions of his own directories matter.
-func TestRemoveTreeLocked(t *testing.T) {
+// TestRemoveLocked runs again as somebody who is not root, to whom the permissions of his own directories matter.
+func TestRemoveLocked(t *testing.T) {
 	if os.Geteuid() == 0 {
 		const stranger = 54321
 		dir, err := os.MkdirTemp("", "slrm-")
@@ -168,7 +170,7 @@ func TestRemoveTreeLocked(t *testing.T) {
 		if err := os.Chown(dir, stranger, stranger); err != nil {
 			t.Fatal(err)
 		}
-		cmd := exec.Command("/proc/self/exe", "-test.run=^TestRemoveTreeLocked$")
+		cmd := exec.Command("/proc/self/exe", "-test.run=^TestRemoveLocked$")
 		cmd.Dir, cmd.Env = dir, []string{"TMPDIR=" + dir}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: stranger, Gid: stranger}}
 		if out, err := cmd.CombinedOutput(); err != nil {
@@ -186,18 +188,4 @@ func TestRemoveTreeLocked(t *testing.T) {
 		}
 	}
 	wantGone(t, dir)
-}
-
-// Destroy with what a hostile sandbox left, under ids of its own.
-func TestDestroyOfADeepTree(t *testing.T) {
-	b := startBox(t, testMachine(t))
-	r := b.run(1000, "python3", "-c", `
-import os
-os.chdir('/home/user')
-for _ in range(3000):
-    os.mkdir('d'); os.chdir('d')
-print('ok')`)
-	if r.Out != "ok\n" {
-		t.Fatalf("%+v", r)
-	}
 }
