@@ -76,6 +76,7 @@ type Options struct {
 
 	MaxTimeout    time.Duration // longest timeout a client may ask for; zero means 24h
 	TeamSandboxes int           // how many sandboxes a team may have running at once in the cluster; zero means no limit
+	TeamPaused    int           // how many paused ones a team may have on this node before it is refused new ones; zero means 1000
 
 	// Rate and Burst limit the calls of one key to one operation; zero means 100 a second with bursts of 200. A negative Rate
 	// switches the limit off.
@@ -100,6 +101,9 @@ func New(opts Options) (http.Handler, error) {
 	if opts.MaxTimeout == 0 {
 		opts.MaxTimeout = 24 * time.Hour
 	}
+	if opts.TeamPaused == 0 {
+		opts.TeamPaused = 1000
+	}
 	if opts.Log == nil {
 		opts.Log = zap.NewNop()
 	}
@@ -123,6 +127,7 @@ func New(opts Options) (http.Handler, error) {
 		tokens:     opts.Tokens,
 		domain:     opts.Domain,
 		maxTimeout: opts.MaxTimeout,
+		teamPaused: opts.TeamPaused,
 		cluster:    cluster{self: opts.NodeID, nodes: opts.Nodes, client: newClient(opts.Transport)},
 		teams:      newTeams(opts.TeamSandboxes),
 		lists:      newTurns(),

@@ -40,6 +40,9 @@ func (h *handler) create(ctx context.Context, body *gen.NewSandbox, secured bool
 		return gen.Sandbox{}, err
 	}
 	spec.Team = callOf(ctx).principal.Team
+	if err := h.checkPaused(spec.Team); err != nil {
+		return gen.Sandbox{}, err
+	}
 	_, release, err := h.admit(ctx, spec.Team, 1)
 	if err != nil {
 		return gen.Sandbox{}, err
@@ -256,6 +259,22 @@ func (t *teams) release(team string, places int) {
 	}
 	close(t.changed)
 	t.changed = make(chan struct{})
+}
+
+// checkPaused refuses new sandboxes to a team that keeps too many paused ones: each has its memory and its disk on the node's. No pause is
+// refused, for at a deadline that would end the sandbox; so what runs at once can come on top.
+func (h *handler) checkPaused(team string) error {
+	n := 0
+	for _, sb := range h.sandboxes.List() {
+		if sb.Team == team && sb.State == sandboxd.StatePaused {
+			n++
+		}
+	}
+	if n < h.teamPaused {
+		return nil
+	}
+	return &failure{status: http.StatusTooManyRequests, retryAfter: 5 * time.Second,
+		msg: "you have reached the maximum number of paused sandboxes on this node (" + strconv.Itoa(h.teamPaused) + "). Kill some, or ask the operator for more."}
 }
 
 func (h *handler) runningHere(team string) int {

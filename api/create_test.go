@@ -61,3 +61,26 @@ func TestTeamLimitHoldsForCreatesAtOnce(t *testing.T) {
 		}
 	})
 }
+
+// TestPausedSandboxesOfATeamAreBounded: a pause gives a place back but no disk, so that create and pause in turn would fill the node's.
+func TestPausedSandboxesOfATeamAreBounded(t *testing.T) {
+	s := newSite(t, func(o *Options) { o.TeamSandboxes, o.TeamPaused = 2, 3 })
+	var ids []string
+	for range 3 {
+		sb := mustDecode[gen.Sandbox](t, s.call("POST", "/v2/sandboxes", `{"templateID": "base"}`))
+		s.call("POST", "/sandboxes/"+sb.SandboxID+"/pause", "")
+		ids = append(ids, sb.SandboxID)
+	}
+	if got := s.call("POST", "/v2/sandboxes", `{"templateID": "base"}`); got.StatusCode != 429 || !strings.Contains(got.message(), "paused") {
+		t.Errorf("create with three paused ones = %s, want 429", got.message())
+	}
+	s.call("POST", "/v2/sandboxes/"+ids[0]+"/connect", "")
+	if got := s.call("POST", "/sandboxes/"+ids[0]+"/fork", ""); got.StatusCode != 201 {
+		t.Errorf("fork with two paused ones = %s", got.message())
+	}
+	s.call("POST", "/sandboxes/"+ids[0]+"/pause", "")
+	s.call("DELETE", "/sandboxes/"+ids[1], "")
+	if got := s.call("POST", "/v2/sandboxes", `{"templateID": "base"}`); got.StatusCode != 201 {
+		t.Errorf("create when one is gone = %s", got.message())
+	}
+}

@@ -23,6 +23,9 @@ func (h *handler) ForkSandbox(ctx context.Context, req gen.ForkSandboxRequestObj
 			return nil, err
 		}
 	}
+	if err := h.checkPaused(sb.Team); err != nil {
+		return nil, err
+	}
 	granted, release, err := h.admit(ctx, sb.Team, count)
 	if err != nil {
 		return nil, err

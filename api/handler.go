@@ -37,6 +37,7 @@ type handler struct {
 	tokens     auth.TokenKey
 	domain     string
 	maxTimeout time.Duration
+	teamPaused int
 	cluster    cluster
 	operations map[string]*operation // by pattern of mux
 	mux        *http.ServeMux

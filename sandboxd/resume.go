@@ -234,6 +234,11 @@ func (m *Manager) reserveAgain(l *life, timeout time.Duration) (record, error) {
 	if l.condemned() {
 		return record{}, inTransition(l.id, StateKilling)
 	}
+	// A wake is asked for by strangers, who could bring back all that a team has ever paused.
+	if most := m.opts.TeamSandboxes; most > 0 && m.activeOfLocked(l.rec.Sandbox.Team) >= most {
+		return record{}, errs.New(errs.Exhausted, "you have reached the maximum number of concurrent E2B sandboxes (%d). Kill or pause some, "+
+			"or ask the operator for more.", most)
+	}
 	slot, started, err := m.admitLocked()
 	if err != nil {
 		return record{}, err

@@ -32,6 +32,8 @@ type Options struct {
 
 	Templates         []Template    // besides the machine's; where it has none besides base and code-interpreter-v1, and the same ID replaces
 	MaxSandboxes      int           // that are not paused; zero means 100; never more than the machine has places
+	TeamSandboxes     int           // of one team that are not paused; zero means no limit. The API counts those of all nodes; this one holds for wakes too
+	TeamSnapshots     int           // of one team; zero means 100
 	ConcurrentCreates int           // and resumes, and as many pauses and snapshots; zero means 8; further ones wait for a while
 	MaxTimeout        time.Duration // longest life from start; zero means 24h
 	LeaseTTL          time.Duration // of the node's lease; renewed every third of it; zero means 10s
@@ -107,6 +109,7 @@ func New(opts Options) (*Manager, error) {
 	}
 	opts.StateDir = dir
 	opts.MaxSandboxes = cmp.Or(opts.MaxSandboxes, 100)
+	opts.TeamSnapshots = cmp.Or(opts.TeamSnapshots, 100)
 	opts.ConcurrentCreates = cmp.Or(opts.ConcurrentCreates, 8)
 	opts.MaxTimeout = cmp.Or(opts.MaxTimeout, 24*time.Hour)
 	opts.LeaseTTL = cmp.Or(opts.LeaseTTL, 10*time.Second)
@@ -251,6 +254,16 @@ func (m *Manager) active() int {
 func (m *Manager) activeLocked() (n int) {
 	for _, l := range m.lives {
 		if l.place.Slot != NoSlot {
+			n++
+		}
+	}
+	return n
+}
+
+// activeOfLocked counts those of one team.
+func (m *Manager) activeOfLocked(team string) (n int) {
+	for _, l := range m.lives {
+		if l.place.Slot != NoSlot && l.rec.Sandbox.Team == team && !l.condemned() {
 			n++
 		}
 	}

@@ -93,6 +93,13 @@ func (m *Manager) snapshot(s Suspender, l *life, r snapshotRecord) (snapshotReco
 	defer done()
 	began := time.Now()
 	rec := m.record(l)
+	if !r.Removed { // else it is that of a fork, and gone with it
+		giveBack, err := m.snapshots.reserve(rec.Sandbox.Team, m.opts.TeamSnapshots)
+		if err != nil {
+			return r, err
+		}
+		defer giveBack()
+	}
 	r.User, r.Workdir = rec.User, rec.Workdir
 	r.Snapshot = Snapshot{
 		ID:        newSnapshotID(),
@@ -215,8 +222,9 @@ type snapshots struct {
 	dir      string
 	sweeping sync.Mutex // held over the removal of files
 
-	mu    sync.Mutex
-	known map[string]*snapshotEntry
+	mu      sync.Mutex // guards the fields below
+	known   map[string]*snapshotEntry
+	pending map[string]int // by team: being taken
 }
 
 type snapshotEntry struct {
@@ -225,7 +233,7 @@ type snapshotEntry struct {
 }
 
 func newSnapshots(dir string) *snapshots {
-	return &snapshots{dir: dir, known: make(map[string]*snapshotEntry)}
+	return &snapshots{dir: dir, known: make(map[string]*snapshotEntry), pending: make(map[string]int)}
 }
 
 func (s *snapshots) root(id string) string { return filepath.Join(s.dir, id, snapshotRoot) }
@@ -279,6 +287,29 @@ func readSnapshot(dir string) (snapshotRecord, error) {
 		return snapshotRecord{}, fmt.Errorf("description of snapshot %q is not one of ours", filepath.Base(dir))
 	}
 	return r, nil
+}
+
+// reserve takes one of a team's places for a snapshot that is about to be taken, until giveBack: by then it is known, or was not taken.
+func (s *snapshots) reserve(team string, most int) (giveBack func(), err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.pending[team]
+	for _, e := range s.known {
+		if e.Team == team && !e.Removed {
+			n++
+		}
+	}
+	if n >= most {
+		return nil, errs.New(errs.Exhausted, "you have reached the maximum number of snapshots on this node (%d). Delete some, or ask the operator for more.", most)
+	}
+	s.pending[team]++
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.pending[team]--; s.pending[team] == 0 {
+			delete(s.pending, team)
+		}
+	}, nil
 }
 
 // begin makes the directory of a new snapshot, with an empty root.

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -222,5 +224,51 @@ func TestFork(t *testing.T) {
 		image.start()
 		synctest.Wait()
 		image.wantSnapshots(0)
+	})
+}
+
+// TestSnapshotsOfATeamAreBounded: each is as large as the memory and the disk of a sandbox, and one team could fill the node's disk for all.
+func TestSnapshotsOfATeamAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(func(m *Manager) { m.opts.TeamSnapshots = 3 })
+		boxes := []Sandbox{n.create(time.Hour), n.create(time.Hour)}
+		var made, refused atomic.Int32
+		var wg sync.WaitGroup
+		for i := range 20 {
+			wg.Go(func() {
+				_, err := n.m.Snapshot(t.Context(), boxes[i%2].ID, "work")
+				switch {
+				case err == nil:
+					made.Add(1)
+				case errs.CodeOf(err) == errs.Exhausted:
+					refused.Add(1)
+				default:
+					t.Errorf("Snapshot() = %v", err)
+				}
+			})
+		}
+		wg.Wait()
+		if made.Load() != 3 || refused.Load() != 17 {
+			t.Errorf("%d taken and %d refused, want 3 and 17", made.Load(), refused.Load())
+		}
+		n.wantSnapshots(3)
+		if _, err := n.m.Fork(t.Context(), boxes[0].ID, []ForkSpec{{Timeout: time.Hour}}); err != nil {
+			t.Errorf("Fork() = %v: its copy does not stay", err)
+		}
+		other := spec(time.Hour)
+		other.Team = "t2"
+		theirs, err := n.m.Create(t.Context(), other)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.snapshot(theirs.ID, "work")
+		for _, s := range n.m.Snapshots() {
+			if s.Team == "t1" {
+				if err := n.m.RemoveSnapshot(t.Context(), s.ID); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		n.snapshot(boxes[0].ID, "work")
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/sluice-edge/sluice/internal/errs"
 	"github.com/sluice-edge/sluice/link"
 )
 
@@ -70,6 +71,60 @@ func TestWake(t *testing.T) {
 		wantVerdict(t, "the route of before", n.m.Wake(t.Context(), sb.ID, sb.Generation), link.WrongGeneration)
 		if err := n.m.Wake(t.Context(), sb.ID, got.Generation); err != nil {
 			t.Errorf("Wake() of a running sandbox = %v", err)
+		}
+	})
+}
+
+// TestWakesDoNotExceedTheTeamsLimit: who pauses what he has and creates as much again could have all of it at once, by a request to each.
+func TestWakesDoNotExceedTheTeamsLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(func(m *Manager) { m.opts.TeamSandboxes = 2 })
+		paused := []Sandbox{n.createResuming(time.Hour), n.createResuming(time.Hour), n.createResuming(time.Hour)} // the API counts creates
+		for _, sb := range paused {
+			n.pause(sb.ID, true)
+		}
+		running := n.create(time.Hour)
+		var wg sync.WaitGroup
+		for _, sb := range paused {
+			wg.Go(func() { _ = n.m.Wake(t.Context(), sb.ID, sb.Generation) })
+		}
+		wg.Wait()
+		awake := 0
+		for _, sb := range n.m.List() {
+			if sb.State == StateRunning {
+				awake++
+			}
+		}
+		if awake != 2 {
+			t.Errorf("%d of a team's sandboxes run, want 2", awake)
+		}
+		last := paused[0]
+		for _, sb := range paused {
+			if got, err := n.m.Get(sb.ID); err == nil && got.State == StatePaused {
+				last = sb
+			}
+		}
+		time.Sleep(wakePause)
+		wantVerdict(t, "no place", n.m.Wake(t.Context(), last.ID, last.Generation), link.Busy)
+		n.wantState(last.ID, StatePaused)
+		_, _, err := n.m.Connect(t.Context(), last.ID, ConnectOptions{Timeout: time.Hour})
+		wantError(t, "Connect() without a place", err, errs.Exhausted, "maximum number")
+		other := spec(time.Hour)
+		other.Team, other.AutoResume = "t2", true
+		theirs, err := n.m.Create(t.Context(), other)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.pause(theirs.ID, true)
+		if err := n.m.Wake(t.Context(), theirs.ID, theirs.Generation); err != nil {
+			t.Errorf("Wake() for another team = %v", err)
+		}
+		if err := n.m.Kill(t.Context(), running.ID); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(wakePause)
+		if err := n.m.Wake(t.Context(), last.ID, last.Generation); err != nil {
+			t.Errorf("Wake() with a free place = %v", err)
 		}
 	})
 }

@@ -24,6 +24,7 @@ type Config struct {
 	APIAdvertise   string
 	DebugListen    string
 	MaxSandboxes   int
+	Team           daemon.TeamLimits
 	Machine        daemon.MachineOptions
 	LogFormat      string
 	LogLevel       string
@@ -44,6 +45,9 @@ func parseConfig(args []string, getenv func(string) string) (*Config, error) {
 	fs.StringVar(&c.APIAdvertise, "api-advertise", "", "`host:port` by which edges and other nodes reach -api-listen")
 	fs.StringVar(&c.DebugListen, "debug-listen", "127.0.0.1:9401", "`address` for /metrics, /healthz and profiles; keep it private")
 	fs.IntVar(&c.MaxSandboxes, "max-sandboxes", 0, "most sandboxes at once on this node; 0 is the default")
+	fs.IntVar(&c.Team.Sandboxes, "team-sandboxes", 0, "most sandboxes of one team that run at once in the cluster, the same on all nodes; 0 is no limit")
+	fs.IntVar(&c.Team.Paused, "team-paused", 0, "most paused sandboxes of one team on this node, before it is refused new ones; 0 is 1000")
+	fs.IntVar(&c.Team.Snapshots, "team-snapshots", 0, "most snapshots of one team on this node; 0 is 100")
 	fs.StringVar(&c.LogFormat, "log-format", "json", "json or console")
 	fs.StringVar(&c.LogLevel, "log-level", "info", "debug, info, warn or error")
 	c.Machine.Flags(fs)
@@ -65,8 +69,12 @@ func (c *Config) Validate() error {
 	if c.ClusterKeyFile == "" {
 		errs = append(errs, errors.New("-cluster-key-file is missing: make one with `head -c 32 /dev/urandom | base64 > cluster.key`, the same for all edges and nodes"))
 	}
-	if c.MaxSandboxes < 0 {
-		errs = append(errs, fmt.Errorf("-max-sandboxes %d is negative", c.MaxSandboxes))
+	for name, n := range map[string]int{
+		"-max-sandboxes": c.MaxSandboxes, "-team-sandboxes": c.Team.Sandboxes, "-team-paused": c.Team.Paused, "-team-snapshots": c.Team.Snapshots,
+	} {
+		if n < 0 {
+			errs = append(errs, fmt.Errorf("%s %d is negative", name, n))
+		}
 	}
 	for name, addr := range map[string]string{"-link-advertise": c.LinkAdvertise, "-api-advertise": c.APIAdvertise} {
 		if host, _, err := net.SplitHostPort(addr); err != nil || host == "" {

@@ -7,8 +7,8 @@ import (
 
 func TestConfigNamesEveryMistakeAtOnce(t *testing.T) {
 	none := func(string) string { return "" }
-	_, err := parseConfig([]string{"-node-id", "", "-max-sandboxes", "-1", "-api-advertise", ":5008"}, none)
-	for _, part := range []string{"-node-id", "-domain", "-cluster-key-file", "-max-sandboxes", "-link-advertise", "-api-advertise"} {
+	_, err := parseConfig([]string{"-node-id", "", "-max-sandboxes", "-1", "-team-sandboxes", "-2", "-team-paused", "-3", "-team-snapshots", "-4", "-api-advertise", ":5008"}, none)
+	for _, part := range []string{"-node-id", "-domain", "-cluster-key-file", "-max-sandboxes", "-team-sandboxes", "-team-paused", "-team-snapshots", "-link-advertise", "-api-advertise"} {
 		if err == nil || !strings.Contains(err.Error(), part) {
 			t.Errorf("parseConfig() = %v, want %q in it", err, part)
 		}

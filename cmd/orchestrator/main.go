@@ -91,6 +91,7 @@ func serve(ctx context.Context, args []string) error {
 		API:           apiLn,
 		APIAddr:       cfg.APIAdvertise,
 		MaxSandboxes:  cfg.MaxSandboxes,
+		Team:          cfg.Team,
 		KeepSandboxes: true,
 		Log:           log,
 		Metrics:       counters,

@@ -37,11 +37,19 @@ type NodeOptions struct {
 	API      net.Listener // REST
 	APIAddr  string       // as edges and other nodes reach it
 
-	MaxSandboxes  int  // zero: sandboxd's default
+	MaxSandboxes  int // zero: sandboxd's default
+	Team          TeamLimits
 	KeepSandboxes bool // leave sandboxes running at the end, for the next start to adopt
 
 	Log     *zap.Logger
 	Metrics *metrics.Set
+}
+
+// TeamLimits are what one team may have. Zero fields mean the defaults of sandboxd and api.
+type TeamLimits struct {
+	Sandboxes int // running at once, in the cluster
+	Paused    int // on a node
+	Snapshots int // on a node
 }
 
 // Node runs sandboxes and serves the API.
@@ -64,6 +72,8 @@ func NewNode(opts NodeOptions) (*Node, error) {
 		},
 		OnGone:        func(sandbox string, generation uint64) { n.links.Reset(sandbox, generation) },
 		MaxSandboxes:  opts.MaxSandboxes,
+		TeamSandboxes: opts.Team.Sandboxes,
+		TeamSnapshots: opts.Team.Snapshots,
 		LeaseTTL:      leaseTTL,
 		KeepSandboxes: opts.KeepSandboxes,
 		Log:           opts.Log,
@@ -75,14 +85,16 @@ func NewNode(opts NodeOptions) (*Node, error) {
 	n.manager = manager
 	n.links = link.NewServer(manager, link.ServerOptions{Key: opts.ClusterKey, Log: opts.Log, Metrics: opts.Metrics})
 	handler, err := api.New(api.Options{
-		Sandboxes: manager,
-		Keys:      auth.NewKeyring(opts.Keys, auth.KeyringOptions{}),
-		Tokens:    auth.NewTokenKey(opts.ClusterKey),
-		Domain:    opts.Domain,
-		NodeID:    opts.ID,
-		Nodes:     opts.Store,
-		Log:       opts.Log,
-		Metrics:   opts.Metrics,
+		Sandboxes:     manager,
+		Keys:          auth.NewKeyring(opts.Keys, auth.KeyringOptions{}),
+		Tokens:        auth.NewTokenKey(opts.ClusterKey),
+		Domain:        opts.Domain,
+		NodeID:        opts.ID,
+		Nodes:         opts.Store,
+		TeamSandboxes: opts.Team.Sandboxes,
+		TeamPaused:    opts.Team.Paused,
+		Log:           opts.Log,
+		Metrics:       opts.Metrics,
 	})
 	if err != nil {
 		return nil, err
