@@ -60,7 +60,7 @@ func NewClient(socketPath string) *Client {
 func NewClientDial(dial func(ctx context.Context) (net.Conn, error)) *Client {
 	return &Client{dial: dial, http: &http.Client{
 		Transport: &http.Transport{
-			DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+			DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(callOf(ctx)) },
 			DisableKeepAlives:      true,
 			DisableCompression:     true, // a small answer must not unfold into a large one
 			MaxResponseHeaderBytes: maxAnswer,
@@ -68,6 +68,17 @@ func NewClientDial(dial func(ctx context.Context) (net.Conn, error)) *Client {
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
+}
+
+// callKey is under what a call's context finds itself again. The transport hands a dial the values of it, but not its end, since another call
+// could use the connection. Here none can: a guest that never says that it accepts would collect connections, one with each call.
+type callKey struct{}
+
+func callOf(ctx context.Context) context.Context {
+	if call, ok := ctx.Value(callKey{}).(context.Context); ok {
+		return call
+	}
+	return ctx
 }
 
 func http1Only() *http.Protocols {
@@ -220,7 +231,7 @@ func (c *Client) call(ctx context.Context, limit time.Duration, method, path str
 			return fmt.Errorf("encode call of guest %s: %w", path, err)
 		}
 	}
-	req, err := http.NewRequestWithContext(ctx, method, "http://guest"+path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(context.WithValue(ctx, callKey{}, ctx), method, "http://guest"+path, bytes.NewReader(body))
 	if err != nil {
 		return fmt.Errorf("call guest: %w", err)
 	}

@@ -346,6 +346,27 @@ func TestCallsAreBounded(t *testing.T) {
 	check("wrong types", "HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{\"cpu_count\":\"many\"}", "decode")
 }
 
+// TestDialEndsWithItsCall: a call gave up, and its dial went on for as long as the hypervisor lived: a muted one cost the node a descriptor
+// and a goroutine every five seconds.
+func TestDialEndsWithItsCall(t *testing.T) {
+	ended := make(chan error, 1)
+	client := NewClientDial(func(ctx context.Context) (net.Conn, error) {
+		<-ctx.Done()
+		ended <- ctx.Err()
+		return nil, ctx.Err()
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := client.Metrics(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Metrics of a guest that does not accept = %v", err)
+	}
+	select {
+	case <-ended:
+	case <-time.After(time.Minute):
+		t.Error("the dial goes on")
+	}
+}
+
 // Closing the control listener does not wait for connections that say nothing.
 func TestControlListenerCloses(t *testing.T) {
 	s := startAgent(t)
