@@ -46,8 +46,12 @@ type layerKind struct {
 	copies []string
 }
 
-// fileID is a file, whatever its name is now: a template may be built anew under the same one.
-type fileID struct{ dev, inode uint64 }
+// fileID is a file, whatever its name is now: a template may be built anew under the same one. The number of an inode is given again as soon as
+// its file is gone, to another team's snapshot perhaps; that one was written later.
+type fileID struct {
+	dev, inode    uint64
+	size, written int64 // the latter in nanoseconds
+}
 
 func newLayers(dir string, store *image.Store, set *metrics.Set) *layers {
 	return &layers{
@@ -113,6 +117,9 @@ func (l *layers) pop(id fileID, name string, size int64) string {
 		l.ready.Dec()
 		return last
 	}
+	if last := len(l.kinds) - 1; last >= layersKinds && len(l.kinds[last].copies) == 0 {
+		l.kinds = l.kinds[:last]
+	}
 	l.kinds = append([]*layerKind{{source: id, path: name}}, l.kinds...)
 	return ""
 }
@@ -126,8 +133,9 @@ func (l *layers) fill(ctx context.Context) error {
 	if err := os.MkdirAll(l.dir, 0o700); err != nil {
 		return fmt.Errorf("make directory of writable layers: %w", err)
 	}
+	l.dropGone()
 	for ctx.Err() == nil {
-		kind, path, surplus := l.next()
+		kind, source, path, surplus := l.next()
 		for _, old := range surplus {
 			if err := ignoreAbsent(os.Remove(old)); err != nil {
 				return fmt.Errorf("remove writable layer: %w", err)
@@ -136,11 +144,15 @@ func (l *layers) fill(ctx context.Context) error {
 		if kind == nil {
 			return nil
 		}
-		if now, _, err := identify(kind.path); err != nil || now != kind.source {
-			l.drop(kind) // its template is gone, or another one by now
+		err := image.CopyDisk(path, source)
+		if now, _, idErr := identify(source); idErr != nil || now != kind.source { // and what was copied may be another one's
+			l.drop(kind)
+			if err := ignoreAbsent(os.Remove(path)); err != nil {
+				return fmt.Errorf("remove writable layer: %w", err)
+			}
 			continue
 		}
-		if err := image.CopyDisk(path, kind.path); err != nil {
+		if err != nil {
 			return diskFull("copy writable layer", err)
 		}
 		l.mu.Lock()
@@ -151,8 +163,23 @@ func (l *layers) fill(ctx context.Context) error {
 	return nil
 }
 
-// next is the disk that wants a copy most, and where it goes; and copies that nobody wants.
-func (l *layers) next() (kind *layerKind, path string, surplus []string) {
+// dropGone removes the copies of disks whose template is gone, or another one by now.
+func (l *layers) dropGone() {
+	l.mu.Lock()
+	paths := make(map[*layerKind]string, len(l.kinds))
+	for _, kind := range l.kinds {
+		paths[kind] = kind.path
+	}
+	l.mu.Unlock()
+	for kind, path := range paths {
+		if now, _, err := identify(path); err != nil || now != kind.source {
+			l.drop(kind)
+		}
+	}
+}
+
+// next is the disk that wants a copy most, where it is and where the copy goes; and copies that nobody wants.
+func (l *layers) next() (kind *layerKind, source, path string, surplus []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for len(l.kinds) > layersKinds {
@@ -164,10 +191,10 @@ func (l *layers) next() (kind *layerKind, path string, surplus []string) {
 	for _, k := range l.kinds {
 		if len(k.copies) < layersReady {
 			l.number++
-			return k, filepath.Join(l.dir, fmt.Sprintf("%d.img", l.number)), surplus
+			return k, k.path, filepath.Join(l.dir, fmt.Sprintf("%d.img", l.number)), surplus
 		}
 	}
-	return nil, "", surplus
+	return nil, "", "", surplus
 }
 
 func (l *layers) drop(kind *layerKind) {
@@ -187,11 +214,12 @@ func (l *layers) drop(kind *layerKind) {
 
 // identify returns which file it is, and how much disk space it takes.
 func identify(path string) (id fileID, size int64, err error) {
-	var st syscall.Stat_t
-	if err := syscall.Stat(path, &st); err != nil {
-		return fileID{}, 0, &os.PathError{Op: "stat", Path: path, Err: err}
+	info, err := os.Stat(path)
+	if err != nil {
+		return fileID{}, 0, err
 	}
-	return fileID{st.Dev, st.Ino}, st.Blocks * 512, nil
+	st := info.Sys().(*syscall.Stat_t)
+	return fileID{uint64(st.Dev), st.Ino, info.Size(), info.ModTime().UnixNano()}, st.Blocks * 512, nil //nolint:unconvert // not everywhere 64 bits
 }
 
 // diskFull gives a full disk its meaning for whoever wanted something new on it.

@@ -1,6 +1,8 @@
 package sandboxd
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -95,5 +97,60 @@ func TestLayers(t *testing.T) {
 	}
 	if _, err := os.Stat(l.dir); !os.IsNotExist(err) {
 		t.Errorf("after a sweep: %v", err)
+	}
+}
+
+// TestLayersOfAnInodeThatCameBack: copies were known by the number of the inode of their disk. A snapshot that another team took after the disk
+// was removed got the same number, and a sandbox made from it got the first one's disk.
+func TestLayersOfAnInodeThatCameBack(t *testing.T) {
+	dir := t.TempDir()
+	l := newLayers(filepath.Join(dir, "layers"), nil, metrics.NewSet())
+	theirs, ours := filepath.Join(dir, "theirs"), filepath.Join(dir, "ours")
+	if err := os.WriteFile(theirs, []byte("theirs"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(l.take(theirs, theirs, filepath.Join(dir, "sandbox1")), l.fill(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	before, _, err := identify(theirs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(theirs); err != nil {
+		t.Fatal(err)
+	}
+	again := false
+	for i := 0; i < 1000 && !again; i++ {
+		path := filepath.Join(dir, fmt.Sprint("try", i))
+		if err := os.WriteFile(path, []byte("ours"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		now, _, err := identify(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again = now.inode == before.inode; again {
+			err = os.Rename(path, ours)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !again {
+		t.Skip("this file system gives no inode number again")
+	}
+	own := filepath.Join(dir, "sandbox2")
+	if err := l.take(ours, ours, own); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := os.ReadFile(own); err != nil || string(text) != "ours" {
+		t.Errorf("the sandbox of another team has the disk %q, %v", text, err)
+	}
+	// Nor does what was made ahead of a disk outlive it.
+	if err := l.fill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if made, err := os.ReadDir(l.dir); err != nil || len(made) != layersReady {
+		t.Errorf("%d copies, %v, want %d of what is there", len(made), err, layersReady)
 	}
 }
