@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -184,6 +185,110 @@ func TestMergeRefuses(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestOpaqueAgainAndAgain: each cost a look at everything in the directory, so that a layer of ten megabytes took hours.
+func TestOpaqueAgainAndAgain(t *testing.T) {
+	dir := file{name: "d", kind: tar.TypeDir}
+	var lower, upper []file
+	for i := range 1000 {
+		lower = append(lower, file{name: fmt.Sprintf("d/e/old%d", i), body: "1"})
+	}
+	for i := range 1000 {
+		upper = append(upper, file{name: "d/.wh..wh..opq"}, dir, file{name: fmt.Sprintf("d/e/new%d", i), body: "2"}, file{name: ".wh.d"}, file{name: "d/.wh.e"})
+	}
+	s := mustSpool(t)
+	f, err := merge(t, s, Limits{}, tarOf(t, lower...), tarOf(t, upper...), tarOf(t, file{name: "d/.wh..wh..opq"}, dir, file{name: "d/last", body: "3"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := list(t, f.tree, s); !slices.Equal(got, []string{"d/ 755", "d/last 644 3"}) || f.tree.entries != 2 {
+		t.Errorf("%d entries: %q", f.tree.entries, got)
+	}
+	// What it costs: nothing is looked at that was there when it was asked for last.
+	tr := newTree(10)
+	tr.layer = 1
+	for _, name := range []string{"a", "b"} {
+		if err := tr.put([]string{"d", name}, &inode{mode: unix.S_IFREG}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := tr.opaque([]string{"d"}); err != nil {
+		t.Fatal(err)
+	}
+	d := tr.root.children["d"]
+	d.children["a"].layer = 0 // as nothing can be after the first time
+	if err := errors.Join(tr.opaque([]string{"d"}), tr.whiteout([]string{"d"}), tr.opaque(nil)); err != nil || len(d.children) != 2 {
+		t.Errorf("asked for again, it left %d files, %v", len(d.children), err)
+	}
+}
+
+// TestClearingOnceIsEnough: whatever layers say, a tree that forgets what it has cleared already ends up the same.
+func TestClearingOnceIsEnough(t *testing.T) {
+	var forget func(i *inode)
+	forget = func(i *inode) {
+		i.cleared = 0
+		for _, e := range i.children {
+			forget(e.inode)
+		}
+	}
+	for seed := range uint64(300) {
+		random := rand.New(rand.NewPCG(seed, 0))
+		remembers, forgets := newTree(1000), newTree(1000)
+		var did []string
+		for step := range 60 {
+			path := make([]string, 1+random.IntN(3))
+			for i := range path {
+				path[i] = string(rune('a' + random.IntN(3)))
+			}
+			what := random.IntN(6)
+			did = append(did, fmt.Sprintf("%d %v", what, path))
+			var errs [2]error
+			for i, tr := range []*tree{remembers, forgets} {
+				tr.layer = step / 20
+				switch what {
+				case 0, 1:
+					errs[i] = tr.put(path, &inode{mode: unix.S_IFREG, mtime: int64(step)})
+				case 2, 3:
+					errs[i] = tr.put(path, &inode{mode: unix.S_IFDIR, children: map[string]*entry{}, mtime: int64(step)})
+				case 4:
+					errs[i] = tr.opaque(path)
+				case 5:
+					errs[i] = tr.whiteout(path)
+				}
+			}
+			forget(forgets.root.inode)
+			if got, want := dump(remembers.root.inode), dump(forgets.root.inode); got != want || fmt.Sprint(errs[0]) != fmt.Sprint(errs[1]) || remembers.entries != forgets.entries {
+				t.Fatalf("after %q\n  %s, %v\nwant\n  %s, %v", did, got, errs[0], want, errs[1])
+			}
+		}
+	}
+}
+
+// dump is a tree as text, with the times that tell its files apart.
+func dump(i *inode) string {
+	text := fmt.Sprint(i.mtime)
+	for _, name := range i.names() {
+		text += " " + name + "{" + dump(i.children[name].inode) + "}"
+	}
+	return text
+}
+
+// TestSymlinksThatTakeForEver: forty of 4 KiB make sixty thousand steps of one path, and a layer can have a million of those.
+func TestSymlinksThatTakeForEver(t *testing.T) {
+	files := []file{{name: "a", kind: tar.TypeDir}, {name: "l39", kind: tar.TypeDir}}
+	for i := range 39 {
+		files = append(files, file{name: fmt.Sprintf("l%d", i), kind: tar.TypeSymlink, link: strings.Repeat("a/../", 800) + fmt.Sprintf("l%d", i+1)})
+	}
+	for i := range 10 {
+		files = append(files, file{name: fmt.Sprintf("l0/f%d", i)})
+	}
+	f := newFlattener(mustSpool(t), Limits{})
+	f.tree.steps = 500_000
+	err := f.apply(t.Context(), 0, layerOf(tarOf(t, files...)), nil)
+	if errs.CodeOf(err) != errs.Invalid || !strings.Contains(fmt.Sprint(err), "too long to follow") {
+		t.Errorf("apply = %v, want the layer refused", err)
 	}
 }
 

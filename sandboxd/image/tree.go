@@ -11,10 +11,11 @@ import (
 )
 
 const (
-	maxPath     = 4096 // PATH_MAX of every kernel that will read the image
-	maxName     = 255  // NAME_MAX, likewise
-	maxTarget   = 4095 // of a symlink: PATH_MAX less its terminating zero
-	maxFollowed = 40   // symlinks in one path, as in the kernel
+	maxPath     = 4096     // PATH_MAX of every kernel that will read the image
+	maxName     = 255      // NAME_MAX, likewise
+	maxTarget   = 4095     // of a symlink: PATH_MAX less its terminating zero
+	maxFollowed = 40       // symlinks in one path, as in the kernel
+	maxSteps    = 64 << 20 // names looked up in all paths together: a symlink of one layer can make a thousand of one
 
 	// Layers hide what is below them by files of these names.
 	whiteoutPrefix = ".wh."
@@ -33,6 +34,7 @@ type inode struct {
 	target   string // of a symlink
 	xattrs   []xattr
 	children map[string]*entry // of a directory
+	cleared  int               // the layer, counted from 1, that hides all that is below it in this directory; zero if none does
 }
 
 // xattr is one extended attribute with its whole name.
@@ -65,10 +67,11 @@ type tree struct {
 	layer   int // being applied
 	entries int // names there are, without the root
 	limit   int // of them
+	steps   int // that walks may still take
 }
 
 func newTree(limit int) *tree {
-	return &tree{root: entry{inode: newDir(), layer: -1, implicit: true}, limit: limit}
+	return &tree{root: entry{inode: newDir(), layer: -1, implicit: true}, limit: limit, steps: maxSteps}
 }
 
 // splitPath takes a path of a layer apart. Only what every other tool understands the same way passes.
@@ -105,6 +108,9 @@ func (t *tree) walk(parts []string, create bool) (*inode, error) {
 		name := todo[0]
 		todo = todo[1:]
 		here := path[len(path)-1]
+		if t.steps--; t.steps < 0 {
+			return nil, errors.New("the symlinks in the image's paths take too long to follow")
+		}
 		switch name {
 		case "", ".":
 			continue
@@ -184,7 +190,7 @@ func (t *tree) put(parts []string, i *inode) error {
 		if !i.isDir() {
 			return errors.New("the root is not a directory")
 		}
-		i.children = t.root.children
+		i.children, i.cleared = t.root.children, t.root.cleared
 		t.root = entry{inode: i, layer: t.layer}
 		return nil
 	}
@@ -198,7 +204,7 @@ func (t *tree) put(parts []string, i *inode) error {
 	}
 	if old, ok := dir.children[name]; ok {
 		if old.isDir() && i.isDir() {
-			i.children = old.children
+			i.children, i.cleared = old.children, old.cleared
 			dir.children[name] = &entry{inode: i, layer: t.layer}
 			return nil
 		}
@@ -258,10 +264,20 @@ func (t *tree) opaque(parts []string) error {
 	if err != nil || dir == nil {
 		return err
 	}
+	t.clear(dir)
+	return nil
+}
+
+// clear hides all that lower layers have in a directory. It does so once in a layer: what comes there later is the layer's own, and an
+// archive can ask for it as often as it has entries.
+func (t *tree) clear(dir *inode) {
+	if dir.cleared == t.layer+1 {
+		return
+	}
 	for name := range dir.children {
 		t.hide(dir, name)
 	}
-	return nil
+	dir.cleared = t.layer + 1
 }
 
 func (t *tree) hide(dir *inode, name string) {
@@ -270,9 +286,7 @@ func (t *tree) hide(dir *inode, name string) {
 		return
 	}
 	if e.isDir() {
-		for child := range e.children {
-			t.hide(e.inode, child)
-		}
+		t.clear(e.inode)
 	}
 	if e.layer == t.layer {
 		return
@@ -283,7 +297,7 @@ func (t *tree) hide(dir *inode, name string) {
 	}
 	// Only what the current layer put below is left, and that makes it a directory that no layer described.
 	fresh := newDir()
-	fresh.children = e.children
+	fresh.children, fresh.cleared = e.children, e.cleared
 	dir.children[name] = &entry{inode: fresh, layer: t.layer, implicit: true}
 }
 
