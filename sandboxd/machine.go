@@ -66,8 +66,8 @@ type Machine interface {
 type Suspender interface {
 	Machine
 	// Suspend saves a running sandbox and ends its process: with memory everything that runs in it, without it the disk alone. It
-	// appears whole or not at all. After an error nothing is saved and the sandbox runs on, unless it is Done. The caller destroys the
-	// place next.
+	// appears whole or not at all. After an error nothing is saved and the sandbox runs on, unless it is Done or the caller has
+	// cancelled. The caller destroys the place next.
 	Suspend(ctx context.Context, p Place, i Instance, memory bool, reached func(Step)) error
 	// Resume is Start for a place of which a sandbox was saved, in any slot. With saved memory it returns before the sandbox's
 	// first instruction: until Continue nothing of what was saved has changed, so that after an error, or a crash, the caller destroys the
@@ -80,7 +80,7 @@ type Suspender interface {
 	Saved(p Place) (Saved, error)
 	// Snapshot copies a running sandbox, memory and disk, into dir, an empty directory on the file system of the places: from then on it
 	// is a root that Start accepts, under whatever name, and that may be removed when Start has returned. The sandbox stands still
-	// meanwhile and goes on, also after an error.
+	// meanwhile and goes on, also after an error, but not for a caller that has cancelled: that one destroys the place.
 	Snapshot(ctx context.Context, p Place, i Instance, dir string) error
 }
 

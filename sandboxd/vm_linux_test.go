@@ -1,6 +1,7 @@
 package sandboxd
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -119,6 +120,7 @@ type words struct{ next, write, read, greeting string }
 
 // vmHost is where VM machines are tested: a template, not baked, and a store.
 type vmHost struct {
+	prefix     string // of the network's names, for a test beside others
 	hypervisor string
 	state      string
 	template   string
@@ -193,7 +195,7 @@ func newRealVMHost(t *testing.T, agent, tool string) *vmHost {
 func (h *vmHost) machine(t testing.TB) *VMMachine {
 	t.Helper()
 	m, err := NewVMMachine(t.Context(), VMOptions{
-		Hypervisor: h.hypervisor, Templates: h.store, StateDir: h.state, Network: netdev.Config{NamePrefix: "slvt"}, Log: zaptest.NewLogger(t),
+		Hypervisor: h.hypervisor, Templates: h.store, StateDir: h.state, Network: netdev.Config{NamePrefix: cmp.Or(h.prefix, "slvt")}, Log: zaptest.NewLogger(t),
 	})
 	if err != nil {
 		t.Fatal(err)

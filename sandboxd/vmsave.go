@@ -18,8 +18,14 @@ import (
 	"github.com/sluice-edge/sluice/sandboxd/vmm"
 )
 
-// keepsTime bounds what must be done after a caller has gone, so that a VM does not stand still for ever.
-const keepsTime = 30 * time.Second
+const (
+	// keepsTime bounds what must be said to a guest after a caller has gone.
+	keepsTime = 30 * time.Second
+	// thawTime bounds how long a hypervisor is asked to let its VM go on. It may still be writing what nobody waits for any more.
+	thawTime = 2 * time.Minute
+	// thawPause is what lies between the first two times that it is asked.
+	thawPause = 100 * time.Millisecond
+)
 
 // Suspend implements Suspender. With memory the snapshot becomes whole in one rename, and the disk is on the disk before it: what is
 // restored later finds the disk that it remembers. Without, the guest writes out what it has.
@@ -106,17 +112,49 @@ func (m *VMMachine) markDiskOnly(p Place) error {
 	return syncDir(p.Dir)
 }
 
-// goOn lets a VM run that was stopped for something that failed or is done. Its guest has missed some time and nothing else.
+// goOn lets a VM run that was stopped for something that failed or is done. Its guest has missed some time and nothing else. Whoever cancels
+// wants the VM gone, and not to wait for it.
 func (s *vmSandbox) goOn(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), keepsTime)
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return nil
+	}
+	thaw, cancel := context.WithTimeout(context.WithoutCancel(ctx), thawTime)
 	defer cancel()
-	if err := s.unfreeze(ctx); err != nil {
+	stop := context.AfterFunc(ctx, func() {
+		if errors.Is(ctx.Err(), context.Canceled) {
+			cancel()
+		}
+	})
+	defer stop()
+	if err := s.insist(thaw); err != nil {
 		return fmt.Errorf("let the VM go on: %w", err)
 	}
+	ctx, cancelTell := context.WithTimeout(thaw, keepsTime)
+	defer cancelTell()
 	if err := s.guest.Resume(ctx, guest.ResumeRequest{Timestamp: time.Now(), KeepConnections: true}); err != nil {
 		return fmt.Errorf("tell the guest that time has passed: %w", err)
 	}
 	return nil
+}
+
+// insist is unfreeze until that succeeds: nobody else comes back to a VM that stands still.
+func (s *vmSandbox) insist(ctx context.Context) error {
+	for pause := thawPause; ; pause = min(2*pause, 10*thawPause) {
+		err := s.unfreeze(ctx)
+		if err == nil {
+			return nil
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+			continue
+		case <-s.vm.Done():
+			err = errors.Join(err, s.vm.Err())
+		case <-ctx.Done():
+		}
+		timer.Stop()
+		return err
+	}
 }
 
 // unfreeze lets a VM run that stands still; one that runs is none the worse.
@@ -239,12 +277,16 @@ func (s *vmSandbox) Memory() bool { return s.memory }
 
 // Continue implements Suspended. The saved memory is given up before the guest's first instruction: from there on its disk changes, and the
 // memory would not fit it any more. The hypervisor has its files open and reads them to the end. The mark on the disk stays until the next
-// pause: should all of this host die before the record says running, there is a sandbox without memory.
+// pause: should all of this host die before the record says running, there is a sandbox without memory. A hypervisor that does not answer,
+// or has died since it restored the VM, costs no memory.
 func (s *vmSandbox) Continue(ctx context.Context, r guest.ResumeRequest) error {
+	if _, err := s.vm.API.Info(ctx); err != nil {
+		return fmt.Errorf("look at the VM that is to run: %w", err)
+	}
 	if err := s.machine.DropMemory(s.place); err != nil {
 		return err
 	}
-	if err := s.unfreeze(ctx); err != nil {
+	if err := s.insist(ctx); err != nil {
 		return fmt.Errorf("let the VM run: %w", err)
 	}
 	if err := s.guest.Resume(ctx, r); err != nil {

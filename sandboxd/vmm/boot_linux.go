@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+
+	"golang.org/x/sys/unix"
 )
 
 // Boot makes the VM and starts it from its kernel. tap may be nil: then the VM has no network. The descriptor is copied.
@@ -77,6 +79,16 @@ func stillRestoring(err error) bool {
 	return ok && slices.ContainsFunc(refusal.Chain, func(s string) bool { return strings.Contains(s, "restore is still in progress") })
 }
 
+// noSpace knows a full disk by the words of the system, which are all that a refusal tells of it.
+func noSpace(err error) error {
+	refusal, ok := errors.AsType[*APIError](err)
+	full := func(s string) bool { return strings.Contains(strings.ToLower(s), "no space left on device") }
+	if !ok || !slices.ContainsFunc(refusal.Chain, full) {
+		return err
+	}
+	return diskError("snapshot", fmt.Errorf("%w: %w", unix.ENOSPC, refusal))
+}
+
 func (vm *VM) snapshotOnce(ctx context.Context, out *os.Root, draft *Draft) error {
 	name := "s" + randomName()
 	if err := out.Mkdir(name, 0o700); err != nil {
@@ -87,7 +99,7 @@ func (vm *VM) snapshotOnce(ctx context.Context, out *os.Root, draft *Draft) erro
 		return fmt.Errorf("snapshot: %w", err)
 	}
 	if err := vm.API.snapshot(ctx, insideOut+"/"+name); err != nil {
-		return vm.because(err)
+		return vm.because(noSpace(err))
 	}
 	if err := draft.take(ctx, out, name); err != nil {
 		return fmt.Errorf("take the snapshot: %w", err)
