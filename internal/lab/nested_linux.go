@@ -31,6 +31,7 @@ import (
 // its kernel locks up now and then.
 type Nested struct {
 	addr    string // of its first process, on our loopback
+	dialing sync.Mutex
 	console *console
 	cmd     *exec.Cmd
 	exited  chan struct{}
@@ -469,8 +470,11 @@ func (n *Nested) Get(ctx context.Context, name string) ([]byte, error) {
 	return b.Bytes(), err
 }
 
-// Dial connects to a TCP address as seen inside: this is how programs out here reach servers in there.
+// Dial connects to a TCP address as seen inside: this is how programs out here reach servers in there. One is let in at a time: the
+// emulator's own queue holds a single connection, and the kernel resets those that wait for more than a minute.
 func (n *Nested) Dial(ctx context.Context, addr string) (net.Conn, error) {
+	n.dialing.Lock()
+	defer n.dialing.Unlock()
 	c, err := n.connect(ctx, nestedRequest{Dial: addr}, nil)
 	if err != nil {
 		return nil, err
