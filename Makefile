@@ -19,14 +19,15 @@ BENCH_FLAGS ?=
 
 all: build lint test ## build, lint and test
 
-run: build ## start everything on this machine: edge, node and store in one process (RUN_FLAGS="-domain … -http …")
+run: build ## start everything on this machine: edge, node and store in one process (RUN_FLAGS="-domain … -machine …")
 	@exec bin/sluice dev $(RUN_FLAGS)
 
 test: setup build ## install what the tests need and run all of them
-	$(GO) run $(GOTESTSUM) --format pkgname-and-test-fails -- -timeout 30m -count=1 ./...
+	$(GO) run $(GOTESTSUM) --format pkgname-and-test-fails -- -timeout 60m -count=1 ./...
 
-test-vm: setup ## only the tests of virtual machines: the fake hypervisor, and the real one where it can be had
-	$(GO) run $(GOTESTSUM) --format testname -- -timeout 30m -count=1 ./sandboxd/vmm/... ./internal/lab/...
+test-vm: setup build ## only the tests of virtual machines: the fake hypervisor, and the real one where it can be had
+	$(GO) run $(GOTESTSUM) --format testname -- -timeout 60m -count=1 ./sandboxd/vmm/... ./sandboxd/image/... ./internal/lab/...
+	$(GO) run $(GOTESTSUM) --format testname -- -timeout 60m -count=1 -run 'VM|Real|Machine|Doctor|Diagnose' ./sandboxd ./internal/daemon ./test/sdk
 
 build: ## build the four programs into bin/
 	@mkdir -p bin

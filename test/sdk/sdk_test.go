@@ -4,6 +4,7 @@ package sdk
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -31,6 +32,7 @@ const (
 type language struct {
 	name, dir, ext, interpreter string
 	programs                    []string
+	time                        time.Duration // for one of them; zero is programTime
 	missing                     string
 }
 
@@ -85,7 +87,7 @@ func startDev(t *testing.T, l *lab.Lab) []string {
 	t.Helper()
 	state := t.TempDir()
 	testkit.Program(t, "guestd") // beside it
-	dev := l.Host.Daemon(t, nil, testkit.Program(t, "sluice"), "dev", "-domain", domain, "-http", "127.0.0.1:80", "-https", "127.0.0.1:443",
+	dev := l.Host.Daemon(t, nil, testkit.Program(t, "sluice"), "dev", "-machine", "namespace", "-domain", domain, "-http", "127.0.0.1:80", "-https", "127.0.0.1:443",
 		"-state-dir", state, "-network-name", l.Prefix(), "-log-level", "info")
 	var key string
 	dev.Await(t, "the API key", lab.Value(&key, "export E2B_API_KEY="))
@@ -109,7 +111,7 @@ func clientEnv(key, caFile string) []string {
 // `please: X` on a line waits until ask has done X.
 func runProgram(t *testing.T, l *lab.Lab, lang language, program string, env []string, ask func(what string)) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), programTime)
+	ctx, cancel := context.WithTimeout(t.Context(), cmp.Or(lang.time, programTime))
 	defer cancel()
 	cmd := l.Host.Command(ctx, lang.interpreter, program+lang.ext)
 	dir, err := filepath.Abs(lang.dir)

@@ -3,18 +3,21 @@ import assert from 'node:assert/strict'
 
 export { assert }
 
+/** How much longer everything may take here than usual: where the processor is emulated, the harness says so. */
+export const patience = Number(process.env.LAB_PATIENCE ?? 1)
+
 /** Prints one line of evidence. The Go test keeps all of them, so a failure shows how far the program came. */
 export function saw(what, value) {
   console.log(`${what}: ${typeof value === 'string' ? value : JSON.stringify(value)}`)
 }
 
-/** Calls probe until it returns something truthy, for at most ms milliseconds. */
+/** Calls probe until it returns something truthy, for at most ms milliseconds, with patience. */
 export async function until(what, probe, ms = 10_000) {
-  const end = Date.now() + ms
+  const end = Date.now() + ms * patience
   for (;;) {
     const value = await probe()
     if (value) return value
-    if (Date.now() > end) assert.fail(`${what}: not within ${ms} ms`)
+    if (Date.now() > end) assert.fail(`${what}: not within ${ms * patience} ms`)
     await new Promise((resolve) => setTimeout(resolve, 25))
   }
 }

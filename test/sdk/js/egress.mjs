@@ -1,4 +1,6 @@
 // Asks from inside a sandbox what it can reach, over TCP and over UDP. The hosts are the laboratory's.
+import { patience } from './check.mjs'
+
 const udpProbe = `
 import socket, sys
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(2)
@@ -17,7 +19,7 @@ export async function reach(sandbox, addresses) {
     `python /tmp/udp.py ${a} ${process.env.LAB_UDP_PORT} >/dev/null && printf 'udp'`,
     'echo',
   ].join('\n')).join('\n')
-  const { stdout } = await sandbox.commands.run(script + '\ntrue', { timeoutMs: 60_000 })
+  const { stdout } = await sandbox.commands.run(script + '\ntrue', { timeoutMs: 60_000 * patience })
   return Object.fromEntries(stdout.trim().split('\n').map((line) => {
     const [address, ...how] = line.trim().split(/\s+/)
     return [address, how.join(' ')]

@@ -1,8 +1,8 @@
 // Program f: the surface of files, commands, pty and lifecycle that programs use.
 import { CommandExitError, FileNotFoundError, FilesystemEventType, Sandbox, TimeoutError } from '@e2b/code-interpreter'
-import { assert, get, saw, until } from './check.mjs'
+import { assert, get, patience, saw, until } from './check.mjs'
 
-const sandbox = await Sandbox.create({ metadata: { test: 'f surface', 'a b': 'c&d=e' }, envs: { FROM_CREATE: 'yes' }, timeoutMs: 120_000 })
+const sandbox = await Sandbox.create({ metadata: { test: 'f surface', 'a b': 'c&d=e' }, envs: { FROM_CREATE: 'yes' }, timeoutMs: 120_000 * patience })
 try {
   // files
   const info = await sandbox.files.write('hello.txt', 'hello, wörld')
@@ -79,7 +79,7 @@ try {
   const detail = await sandbox.getInfo()
   assert.deepEqual(detail.metadata, { test: 'f surface', 'a b': 'c&d=e' })
   assert.equal(await sandbox.isRunning(), true)
-  await sandbox.setTimeout(300_000)
+  await sandbox.setTimeout(300_000 * patience)
   assert.ok((await sandbox.getInfo()).endAt.getTime() - Date.now() > 250_000)
   const page = await Sandbox.list({ query: { metadata: { 'a b': 'c&d=e' } } }).nextItems()
   assert.deepEqual(page.map((s) => s.sandboxId), [sandbox.sandboxId])

@@ -7,6 +7,8 @@ import time
 import urllib.error
 import urllib.request
 
+PATIENCE = int(os.environ.get("LAB_PATIENCE", "1"))  # how much longer everything may take here than usual
+
 _context = ssl.create_default_context(cafile=os.environ["SLUICE_CA_FILE"])
 
 
@@ -15,7 +17,8 @@ def saw(what, value):
 
 
 def until(what, probe, seconds=10.0):
-    """Calls probe until it returns something true, for at most that many seconds."""
+    """Calls probe until it returns something true, for at most that many seconds, with patience."""
+    seconds *= PATIENCE
     end = time.monotonic() + seconds
     while True:
         value = probe()
@@ -30,7 +33,7 @@ def get(url, headers=None):
     """Returns (status, content type, text); an HTTP error is an answer like any other."""
     request = urllib.request.Request(url, headers=headers or {})
     try:
-        with urllib.request.urlopen(request, context=_context, timeout=20) as answer:
+        with urllib.request.urlopen(request, context=_context, timeout=20 * PATIENCE) as answer:
             return answer.status, answer.headers.get("content-type", ""), answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.headers.get("content-type", ""), error.read().decode()

@@ -1,6 +1,6 @@
 """Program f: the surface of files, commands, pty and lifecycle that programs use."""
 
-from check import get, saw, until
+from check import PATIENCE, get, saw, until
 from e2b import CommandExitException, FileNotFoundException, FilesystemEventType, PtySize, Sandbox, SandboxQuery, TimeoutException
 
 
@@ -12,7 +12,7 @@ def raises(kind, call):
     raise AssertionError(f"no {kind.__name__}")
 
 
-sandbox = Sandbox.create(metadata={"test": "f python", "a b": "c&d=e"}, envs={"FROM_CREATE": "yes"}, timeout=120)
+sandbox = Sandbox.create(metadata={"test": "f python", "a b": "c&d=e"}, envs={"FROM_CREATE": "yes"}, timeout=120 * PATIENCE)
 try:
     # files
     files = sandbox.files
@@ -79,7 +79,7 @@ try:
     assert sandbox.get_info().metadata == {"test": "f python", "a b": "c&d=e"}
     assert sandbox.is_running() is True
     before = sandbox.get_info().end_at
-    sandbox.set_timeout(300)
+    sandbox.set_timeout(120 * PATIENCE + 180)
     assert (sandbox.get_info().end_at - before).total_seconds() > 100
     listed = Sandbox.list(query=SandboxQuery(metadata={"a b": "c&d=e"})).next_items()
     assert [s.sandbox_id for s in listed] == [sandbox.sandbox_id]
