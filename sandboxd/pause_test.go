@@ -588,3 +588,38 @@ func TestRecordKeepsNoSecretOfAPause(t *testing.T) {
 		}
 	})
 }
+
+// TestRefusedConnectKeepsTheMemory: who asks for a boot from the disk, and is told that there is no room, has lost nothing.
+func TestRefusedConnectKeepsTheMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(func(m *Manager) { m.opts.MaxSandboxes = 1 })
+		sb := n.createResuming(time.Hour)
+		n.host.remember(sb.ID, "counter 7")
+		n.pause(sb.ID, true)
+		other := n.create(time.Hour)
+		_, _, err := n.m.Connect(t.Context(), sb.ID, ConnectOptions{Timeout: time.Hour, EnvdToken: "secret-envd-token", DropMemory: true})
+		wantError(t, "Connect() to a full node", err, errs.Exhausted, "full")
+		if got, err := n.m.Get(sb.ID); err != nil || got.State != StatePaused || !got.MemorySaved {
+			t.Errorf("Get() = %+v, %v, want it paused with its memory", got, err)
+		}
+		if err := n.m.Kill(t.Context(), other.ID); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(wakePause)
+		if err := n.m.Wake(t.Context(), sb.ID, sb.Generation); err != nil || n.host.look(sb.ID).memory != "counter 7" {
+			t.Errorf("Wake() = %v, memory %q", err, n.host.look(sb.ID).memory)
+		}
+		// With room, a boot that fails leaves the disk alone, as was asked for.
+		n.pause(sb.ID, true)
+		n.host.setFail("start", errors.New("broken"))
+		_, _, err = n.m.Connect(t.Context(), sb.ID, ConnectOptions{Timeout: time.Hour, EnvdToken: "secret-envd-token", DropMemory: true})
+		wantError(t, "Connect() that fails", err, errs.Internal, "paused as before")
+		if got, err := n.m.Get(sb.ID); err != nil || got.State != StatePaused || got.MemorySaved {
+			t.Errorf("Get() = %+v, %v, want it paused without memory", got, err)
+		}
+		n.host.setFail("start", nil)
+		if _, resumed, err := n.m.Connect(t.Context(), sb.ID, ConnectOptions{Timeout: time.Hour, EnvdToken: "secret-envd-token"}); err != nil || !resumed {
+			t.Errorf("Connect() = %v, %v", resumed, err)
+		}
+	})
+}

@@ -168,11 +168,6 @@ func (m *Manager) resume(l *life, opts ConnectOptions) (Sandbox, error) {
 	if err != nil {
 		return Sandbox{}, fmt.Errorf("egress rules in the record: %w", err)
 	}
-	if opts.DropMemory {
-		if paused, err = m.dropMemory(s, l, paused); err != nil {
-			return Sandbox{}, err
-		}
-	}
 	rec, err := m.reserveAgain(l, opts.Timeout)
 	if err != nil {
 		return Sandbox{}, err
@@ -186,6 +181,9 @@ func (m *Manager) resume(l *life, opts ConnectOptions) (Sandbox, error) {
 		err = nil
 	}
 	if err != nil {
+		if opts.DropMemory {
+			paused.Sandbox.MemorySaved = false // and if it is not there any more, nobody misses it
+		}
 		return Sandbox{}, m.asBefore(s, l, paused, err)
 	}
 
@@ -209,21 +207,6 @@ func (m *Manager) resume(l *life, opts ConnectOptions) (Sandbox, error) {
 	m.stats.resumed.Inc()
 	l.log.Info("sandbox resumed", zap.Bool("memory", instance.Memory()), zap.Duration("took", time.Since(began)))
 	return rec.Sandbox, nil
-}
-
-// dropMemory makes a paused sandbox one without memory. The record comes first: a crash in between leaves memory that is used after all.
-func (m *Manager) dropMemory(s Suspender, l *life, rec record) (record, error) {
-	rec.Sandbox.MemorySaved = false
-	if err := m.journal.update(rec); err != nil {
-		return rec, err
-	}
-	if !m.setRecord(l, rec) {
-		return rec, inTransition(l.id, StateKilling)
-	}
-	if err := s.DropMemory(l.place); err != nil {
-		return rec, fmt.Errorf("drop saved memory: %w", err)
-	}
-	return rec, nil
 }
 
 // reserveAgain enters the resume, with a slot and a generation as for a new sandbox. They are in the record that it returns; in memory the
@@ -260,6 +243,11 @@ func (m *Manager) restore(s Suspender, l *life, rec record, fence egress.Policy,
 		return rec, nil, err
 	}
 	reached(StepResuming)
+	if opts.DropMemory { // not before there is a place: who is refused one keeps it
+		if err := s.DropMemory(l.place); err != nil {
+			return rec, nil, fmt.Errorf("drop saved memory: %w", err)
+		}
+	}
 	startCtx, cancel := context.WithTimeout(l.ctx, startTime)
 	defer cancel()
 	instance, err := s.Resume(startCtx, l.place, fence, reached)
