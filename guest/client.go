@@ -22,8 +22,8 @@ const (
 	wakeTime = time.Minute
 	// clockSlack is how far a sandbox's clock may be off: that much may be the time of the call that sets it.
 	clockSlack = time.Second
-	// syncTime bounds a sync in the same way: all of the sandbox's memory may have to go to its disk.
-	syncTime = 5 * time.Minute
+	// syncTime bounds a sync in the same way: a fifth of the sandbox's memory may have to go to its disk.
+	syncTime = 2 * time.Minute
 	// maxAnswer bounds what is read of an answer. The largest honest one is the output of a command, every byte of it escaped.
 	maxAnswer = 8 * maxExecOutput
 	// defaultExecTime is how long a command may run whose caller says nothing about it.

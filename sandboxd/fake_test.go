@@ -307,6 +307,11 @@ const stepWritten Step = "written"
 
 func (m fakeMachine) Suspend(ctx context.Context, p Place, i Instance, memory bool, reached func(Step)) (err error) {
 	proc, h := i.(*fakeProc), m.host
+	if !memory {
+		if err := h.ask(ctx, "sync"); err != nil {
+			return err
+		}
+	}
 	if err := h.ask(ctx, "freeze"); err != nil {
 		return err
 	}

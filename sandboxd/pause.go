@@ -255,7 +255,10 @@ func (m *Manager) pauseAtEnd(s Suspender, l *life) {
 	if sb.State != StateRunning || time.Now().Before(sb.EndAt) {
 		return
 	}
-	if err := m.pause(s, l, sb.AutoPauseMemory); err != nil && l.ctx.Err() == nil {
+	// Without memory the guest has to write out what it has, and one that does not would live on. With memory nobody asks it, and nothing is
+	// lost either: so every other attempt is one with memory.
+	memory := sb.AutoPauseMemory || tries%2 == 1
+	if err := m.pause(s, l, memory); err != nil && l.ctx.Err() == nil {
 		failed = true
 		next = time.Now().Add(min(atEndPause<<min(tries, 10), atEndPauseMax))
 	}

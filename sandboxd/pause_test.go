@@ -452,6 +452,14 @@ func TestAutoPause(t *testing.T) {
 			n.wantPaused(sb.ID, true)
 		})
 	})
+	t.Run("by a guest that writes nothing out", func(t *testing.T) {
+		bubble(t, func(t *testing.T, n *node) {
+			sb := autoPause(n, time.Minute, false)
+			n.host.setFail("sync", errors.New("the guest does not answer"))
+			time.Sleep(time.Minute + atEndPause + 2*time.Second)
+			n.wantPaused(sb.ID, true) // whoever mutes the agent gains no time
+		})
+	})
 	t.Run("killed when it is too old", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			n := newNode(t).start(func(m *Manager) { m.opts.MaxTimeout = time.Hour })
