@@ -324,7 +324,7 @@ func (m *VMMachine) kill(ctx context.Context, p Place) error {
 		if err := spec.Clean(); err != nil {
 			return fmt.Errorf("remove files of the VM: %w", err)
 		}
-	} else if err := m.launcher.Destroy(ctx, spec); err != nil {
+	} else if err := m.destroyUnknown(ctx, p, spec); err != nil {
 		return err
 	}
 	m.mu.Lock()
@@ -343,6 +343,17 @@ func (m *VMMachine) kill(ctx context.Context, p Place) error {
 		}
 	}
 	return errors.Join(ignoreAbsent(os.Remove(filepath.Join(p.Dir, vmCgroupsName))), os.RemoveAll(filepath.Join(p.Dir, vmFromName)))
+}
+
+// destroyUnknown ends a hypervisor that this process has not started or adopted. One that was taken over can give itself another name, but not
+// another user, and that user is of its slot alone.
+func (m *VMMachine) destroyUnknown(ctx context.Context, p Place, spec vmm.Spec) error {
+	if p.Slot != NoSlot {
+		if err := m.launcher.KillUser(ctx, spec.UID); err != nil {
+			return err
+		}
+	}
+	return m.launcher.Destroy(ctx, spec)
 }
 
 // Log is the end of the console, before the last pause and since.

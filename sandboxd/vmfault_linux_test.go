@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -31,6 +33,7 @@ func TestVMFaults(t *testing.T) {
 	t.Run("ThawedLate", h.testThawedLate)
 	t.Run("CancelledIsNotThawed", h.testCancelled)
 	t.Run("MemoryOfAMuteHypervisor", h.testMuteHypervisor)
+	t.Run("AnotherName", h.testAnotherName)
 	t.Run("FullDisk", testFullDisk)
 }
 
@@ -147,6 +150,30 @@ func (h *vmHost) testMuteHypervisor(t *testing.T) {
 		t.Errorf("it counts %s, want 2", got)
 	}
 	must("destroy", m.Destroy(t.Context(), p, func(Step) {}))
+	must("close", m.Close(t.Context()))
+	h.wantClean(t, m)
+}
+
+// testAnotherName: a hypervisor that was taken over called itself something else. After a restart of the node nothing but its cgroup told whose
+// it is, and where there was none it lived on, with the network of the next sandbox in its slot.
+func (h *vmHost) testAnotherName(t *testing.T) {
+	must := mustOf(t)
+	m := h.machine(t)
+	must("setup", m.Setup(t.Context()))
+	p := Place{ID: "iother", Dir: filepath.Join(h.dir(t, "iother"), "iother"), Slot: 1, Root: h.template, CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
+	uid := m.host.uid(p.Slot)
+	cmd := exec.Command("sleep", "1000")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	must("start", cmd.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	must("destroy", m.Destroy(t.Context(), p, func(Step) {}))
+	select {
+	case <-ended:
+	case <-time.After(20 * time.Second):
+		t.Error("a process of the slot's user lives on")
+		must("kill", cmd.Process.Kill())
+	}
 	must("close", m.Close(t.Context()))
 	h.wantClean(t, m)
 }
