@@ -130,6 +130,14 @@ func (h *vmHost) testMuteHypervisor(t *testing.T) {
 	defer h.fails(t, nil)
 	must("suspend", m.Suspend(t.Context(), p, instance, true, func(Step) {}))
 	must("destroy", m.Destroy(t.Context(), p, func(Step) {}))
+	m.mu.Lock()
+	clear(m.verified) // as after a restart
+	m.mu.Unlock()
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := m.Resume(gone, p, egress.Policy{}, func(Step) {}); !errors.Is(err, context.Canceled) || strings.Contains(err.Error(), "damaged") {
+		t.Errorf("Resume that was cancelled while the memory is read = %v, want that, and no word of damage", err)
+	}
 	for _, fault := range []vmmtest.Fault{vmmtest.Refuse, vmmtest.Die, vmmtest.Garbage} {
 		resumed, err := m.Resume(t.Context(), p, egress.Policy{}, func(Step) {})
 		must("resume", err)

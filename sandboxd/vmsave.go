@@ -118,14 +118,8 @@ func (s *vmSandbox) goOn(ctx context.Context) error {
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return nil
 	}
-	thaw, cancel := context.WithTimeout(context.WithoutCancel(ctx), thawTime)
+	thaw, cancel := outlast(ctx, thawTime)
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() {
-		if errors.Is(ctx.Err(), context.Canceled) {
-			cancel()
-		}
-	})
-	defer stop()
 	if err := s.insist(thaw); err != nil {
 		return fmt.Errorf("let the VM go on: %w", err)
 	}
@@ -135,6 +129,17 @@ func (s *vmSandbox) goOn(ctx context.Context) error {
 		return fmt.Errorf("tell the guest that time has passed: %w", err)
 	}
 	return nil
+}
+
+// outlast returns a context that ends when the caller cancels or after limit, and not at the caller's deadline.
+func outlast(ctx context.Context, limit time.Duration) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
+	stop := context.AfterFunc(ctx, func() {
+		if errors.Is(ctx.Err(), context.Canceled) {
+			cancel()
+		}
+	})
+	return longer, func() { stop(); cancel() }
 }
 
 // insist is unfreeze until that succeeds: nobody else comes back to a VM that stands still.
@@ -245,7 +250,9 @@ func (m *VMMachine) Resume(ctx context.Context, p Place, fence egress.Policy, re
 			return nil, &errs.Error{Code: errs.Unavailable, Err: err,
 				Msg: "the saved memory of the sandbox does not fit this node (" + reasonOf(err) + "); its disk does: resume it without memory"}
 		}
-		if err := m.verifyOnce(snapshot.Dir, snapshot.Manifest); err != nil {
+		if err := m.verifyOnce(ctx, snapshot.Dir, snapshot.Manifest); ctx.Err() != nil {
+			return nil, ctx.Err()
+		} else if err != nil {
 			return nil, damaged(err)
 		}
 	}

@@ -26,8 +26,10 @@ import (
 	"github.com/sluice-edge/sluice/sandboxd/vmm"
 )
 
-// bootTime bounds a boot, up to the guest's first word.
-const bootTime = time.Minute
+const (
+	bootTime   = time.Minute     // bounds a boot, up to the guest's first word
+	verifyTime = 5 * time.Minute // and the reading of a snapshot
+)
 
 // Start makes the network, fences it, gives the sandbox a writable layer of its own, and only then starts a hypervisor: it restores the
 // snapshot that the root has, or boots where there is none or it does not fit this node.
@@ -45,7 +47,7 @@ func (m *VMMachine) Start(ctx context.Context, p Place, fence egress.Policy, rea
 		return nil, err
 	}
 	s.image = root.image
-	warm, err := m.warm(root, p)
+	warm, err := m.warm(ctx, root, p)
 	if err != nil {
 		return nil, err
 	}
@@ -121,15 +123,17 @@ func (m *VMMachine) giveLayer(ctx context.Context, root *vmRoot, p Place) error 
 
 // warm tells whether the snapshot of a root can be restored here. One of a template is a way to be quick, so where it cannot the sandbox
 // boots; one of a sandbox is what its owner wants, so then there is none.
-func (m *VMMachine) warm(root *vmRoot, p Place) (bool, error) {
+func (m *VMMachine) warm(ctx context.Context, root *vmRoot, p Place) (bool, error) {
 	if root.snapshot == nil {
 		return false, nil
 	}
 	err := m.fits(*root.snapshot)
 	if err == nil {
-		err = m.verifyOnce(filepath.Join(p.Dir, vmFromName), *root.snapshot)
+		err = m.verifyOnce(ctx, filepath.Join(p.Dir, vmFromName), *root.snapshot)
 	}
 	switch {
+	case ctx.Err() != nil:
+		return false, ctx.Err()
 	case err == nil:
 		return true, nil
 	case root.image == nil:
@@ -166,8 +170,8 @@ func (m *VMMachine) fits(manifest vmm.Manifest) error {
 }
 
 // verifyOnce reads a snapshot whole the first time that this process meets it: a crash of the host may have torn what was written last,
-// though its sizes are right.
-func (m *VMMachine) verifyOnce(dir string, manifest vmm.Manifest) error {
+// though its sizes are right. That may take longer than its caller has: who comes next finds it done.
+func (m *VMMachine) verifyOnce(ctx context.Context, dir string, manifest vmm.Manifest) error {
 	key := manifestKey(manifest)
 	m.mu.Lock()
 	known := m.verified[key]
@@ -179,7 +183,9 @@ func (m *VMMachine) verifyOnce(dir string, manifest vmm.Manifest) error {
 	if err != nil {
 		return err
 	}
-	if err := snapshots.Verify(context.Background(), filepath.Base(dir)); err != nil {
+	ctx, cancel := outlast(ctx, verifyTime)
+	defer cancel()
+	if err := snapshots.Verify(ctx, filepath.Base(dir)); err != nil {
 		return err
 	}
 	m.trust(manifest)
