@@ -31,9 +31,10 @@ type wakes struct {
 	most, mostPerClient int           // fixed after init
 	pause               time.Duration // likewise
 
-	mu       sync.Mutex // guards the fields below
-	flights  map[life]*wake
-	byClient map[netip.Addr]int // of those flights, by who began them
+	mu       sync.Mutex         // guards the fields below
+	flights  map[life]*wake     // under way, or failed a moment ago
+	active   int                // under way
+	byClient map[netip.Addr]int // of flights, by who began them
 }
 
 // wake is one dial that asks a node to wake a sandbox. Any number of requests wait for it.
@@ -63,19 +64,24 @@ func (w *wakes) join(t link.Target) (f *wake, begun bool, reason Reason) {
 	if w.byClient[client] >= w.mostPerClient {
 		return nil, false, ReasonWakeClientCap
 	}
-	if len(w.flights) >= w.most {
+	if w.active >= w.most {
 		return nil, false, ReasonWakeTotalCap
 	}
 	f = &wake{target: t, done: make(chan struct{})}
 	w.flights[of] = f
+	w.active++
 	w.byClient[client]++
 	return f, true, reasonNone
 }
 
 // end tells everybody who waits what came of it. What failed stays there for a moment, and whoever comes meanwhile is told the same: a
-// sandbox that cannot be woken must not cost its node an attempt for every request.
+// sandbox that cannot be woken must not cost its node an attempt for every request. It counts against its client, and no more against
+// everybody: a few clients with sandboxes that cannot be woken would be enough to let none of the others' be.
 func (w *wakes) end(f *wake, reason Reason, err error) {
 	f.reason, f.err = reason, err
+	w.mu.Lock()
+	w.active--
+	w.mu.Unlock()
 	if reason == reasonNone || reason == ReasonNotFound {
 		w.remove(f) // before anybody is told: the next one has to find out anew
 	} else {

@@ -616,6 +616,32 @@ func TestWakesAreBounded(t *testing.T) {
 	}
 }
 
+// TestFailedWakesLeaveRoom: what cannot be woken is left alone for a moment, in which others can be; only its client has fewer.
+func TestFailedWakesLeaveRoom(t *testing.T) {
+	e := startEdge(t, func(o *Options) { o.Limits.Wakes, o.Limits.WakesPerClient = 2, 5 })
+	e.handler.wakes.pause = time.Hour
+	e.onWake(func(context.Context, link.Target) error { return &link.VerdictError{Verdict: link.Busy} })
+	c := e.connect(t)
+	ask := func(sandbox string) int {
+		t.Helper()
+		e.asleep(t, routing.Route{Sandbox: sandbox})
+		c.write("GET / HTTP/1.1\r\nHost: 3000-" + sandbox + ".sluice.test\r\n\r\n")
+		resp, _ := c.response("GET")
+		return resp.StatusCode
+	}
+	for i := range 5 {
+		if got := ask(fmt.Sprintf("sb%d", i)); got != 409 {
+			t.Errorf("sandbox %d: %d, want 409", i, got)
+		}
+	}
+	if got := ask("sb5"); got != 429 {
+		t.Errorf("one more than a client may have: %d, want 429", got)
+	}
+	if w := &e.handler.wakes; w.active != 0 || len(w.flights) != 5 {
+		t.Errorf("%d active of %d", w.active, len(w.flights))
+	}
+}
+
 // Requests that wait count as requests under way.
 func TestWaitingRequestsAreBounded(t *testing.T) {
 	e := startEdge(t, func(o *Options) { o.Limits.ConnsPerSandbox = 1 })
