@@ -78,6 +78,9 @@ func (m *Manager) snapshotName(asked string) (string, error) {
 	if tag != "default" {
 		return "", errs.New(errs.Invalid, "a snapshot's name has no tag: %q", clip(asked))
 	}
+	if isSnapshotID(name) { // whoever deletes that snapshot would delete this one
+		return "", errs.New(errs.Invalid, "the name %q has the form of a snapshot's ID", name)
+	}
 	if _, _, err := m.findTemplate(name); err == nil {
 		return "", errs.New(errs.Conflict, "the name %q belongs to a template", name)
 	}
@@ -501,4 +504,14 @@ func diskUsage(dir string) (bytes int64, err error) {
 }
 
 // newSnapshotID returns "snap" and 16 characters of [a-z0-9]: about 82 random bits, for something that only its own team finds.
-func newSnapshotID() string { return randomID("snap", 16) }
+func newSnapshotID() string { return randomID(snapshotPrefix, snapshotRandom) }
+
+const (
+	snapshotPrefix = "snap"
+	snapshotRandom = 16
+)
+
+func isSnapshotID(name string) bool {
+	rest, ok := strings.CutPrefix(name, snapshotPrefix)
+	return ok && len(rest) == snapshotRandom && !strings.ContainsAny(rest, "-_./")
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -107,6 +108,11 @@ func TestSnapshotIsRefused(t *testing.T) {
 		check(sb.ID, "../x", errs.Invalid, "invalid template reference")
 		check(sb.ID, "x:v1", errs.Invalid, "no tag")
 		check(sb.ID, "base", errs.Conflict, "belongs to a template")
+		other := n.snapshot(sb.ID, "snapshots-of-mine-20")
+		check(sb.ID, strings.ToUpper(other.ID), errs.Invalid, "the form of a snapshot's ID")
+		if err := n.m.RemoveSnapshot(t.Context(), other.ID); err != nil {
+			t.Error(err)
+		}
 		check("inone", "", errs.NotFound, "doesn't exist")
 		n.host.setFail("snapshot", syscall.ENOSPC)
 		check(sb.ID, "", errs.Unavailable, "disk of this node is full")
