@@ -117,6 +117,9 @@ func findings(h hostView) (list []Finding) {
 	add("root", true, err, "network, cgroups and users of VMs can be set up", "run the node as root; the VMs themselves run as users of their own")
 
 	path, err := h.find()
+	if cause, ok := errors.AsType[*exec.Error](err); ok {
+		err = cause.Err // the finding's name and its remedy say the rest
+	}
 	add("cloud-hypervisor", true, err, path, fmt.Sprintf("install Cloud Hypervisor %v or newer on PATH, or name it in SLUICE_CLOUD_HYPERVISOR", MinVersion))
 	if err == nil {
 		v, err := h.probe(path)

@@ -163,7 +163,7 @@ func Find(name string) (string, error) {
 	path, err := exec.LookPath(name)
 	if err != nil && !errors.Is(err, exec.ErrDot) {
 		return "", &errs.Error{Code: errs.Unavailable, Err: err,
-			Msg: "no cloud-hypervisor: install it on PATH, or name it in SLUICE_CLOUD_HYPERVISOR"}
+			Msg: "there is no Cloud Hypervisor"}
 	}
 	if path, err = filepath.Abs(path); err != nil {
 		return "", fmt.Errorf("find cloud-hypervisor: %w", err)
