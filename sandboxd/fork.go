@@ -53,7 +53,7 @@ func (m *Manager) copyForFork(ctx context.Context, id string) (source Sandbox, f
 	defer end()
 	s, ok := m.machine.(Suspender)
 	if !ok {
-		return Sandbox{}, origin{}, m.cannotSave(id)
+		return Sandbox{}, origin{}, m.cannotSave(id, "forked", "")
 	}
 	source = m.record(l).Sandbox
 	r, err := m.snapshot(s, l, snapshotRecord{Removed: true})

@@ -34,7 +34,7 @@ func (m *Manager) Pause(ctx context.Context, id string, keepMemory bool) error {
 	s, ok := m.machine.(Suspender)
 	if !ok {
 		end()
-		return m.cannotSave(id)
+		return m.cannotSave(id, "paused", "keep it alive with a longer timeout instead, or ")
 	}
 	paused := make(chan error, 1)
 	go m.pauseAsked(s, l, keepMemory, end, paused)
@@ -194,9 +194,10 @@ func (m *Manager) vacate(l *life, rec record, reached func(Step)) error {
 	return nil
 }
 
-func (m *Manager) cannotSave(id string) error {
-	return errs.New(errs.Invalid, "Sandbox %q cannot be paused: the %s machine of this node has no snapshots; keep it alive with a longer "+
-		"timeout instead, or run the node with a machine that can pause", id, m.machine.Name())
+// cannotSave refuses what the machine has no snapshots for. instead is what else the caller might do.
+func (m *Manager) cannotSave(id, done, instead string) error {
+	return errs.New(errs.Invalid, "Sandbox %q cannot be %s: the %s machine of this node has no snapshots; %srun the node with a machine that has them",
+		id, done, m.machine.Name(), instead)
 }
 
 // atEnd is where a sandbox stands that is paused at its deadline instead of killed.

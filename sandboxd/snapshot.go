@@ -42,7 +42,7 @@ func (m *Manager) Snapshot(ctx context.Context, id, name string) (Snapshot, erro
 	s, ok := m.machine.(Suspender)
 	if !ok {
 		end()
-		return Snapshot{}, m.cannotSave(id)
+		return Snapshot{}, m.cannotSave(id, "snapshotted", "")
 	}
 	taken := make(chan snapshotTaken, 1)
 	go m.snapshotAsked(s, l, name, end, taken)
