@@ -133,6 +133,10 @@ func TestTemplateArguments(t *testing.T) {
 		{[]string{"template", "build", "a b", "-from", "dir:/"}, "invalid template name"},
 		{[]string{"template", "build", "app", "-from", "dir:/", "-env", "X"}, "KEY=value"},
 		{[]string{"template", "build", "app", "-from", "dir:/", "-hypervisor", "/nonexistent"}, "cloud-hypervisor"},
+		// What is wrong with the command is said on a host, too, that could not build anything.
+		{[]string{"template", "build", "app", "-from", "dir:/", "-hypervisor", "/nonexistent", "-memory", "1"}, "1 MiB of memory"},
+		{[]string{"template", "build", "app", "-from", "dir:/", "-hypervisor", "/nonexistent", "-alias", "a b"}, `invalid alias "a b"`},
+		{[]string{"template", "build", "app", "-from", "/nonexistent", "-hypervisor", "/nonexistent"}, `"/nonexistent" does not exist`},
 		{[]string{"template", "rm"}, "name of the template is missing"},
 		{[]string{"template", "rm", "app"}, "'app' not found"},
 	} {

@@ -34,7 +34,7 @@ func OpenTemplates(stateDir string) (*image.Store, error) {
 // BuildTemplate makes a template: image.Build, and a machine that boots the result once and leaves a snapshot, of which sandboxes are
 // restored. A node that runs on the same state directory has the template from then on. Store, agent, kernel and Finish of o are set here.
 func BuildTemplate(ctx context.Context, machine MachineOptions, stateDir string, o image.Options, log *zap.Logger, progress func(image.Step)) (image.Template, error) {
-	if err := machine.check(); err != nil {
+	if err := errors.Join(machine.check(), o.Check()); err != nil { // what the operator can mend at once, before what the host lacks
 		return image.Template{}, err
 	}
 	if progress == nil {

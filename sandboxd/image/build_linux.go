@@ -69,8 +69,16 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-func (o Options) validate() error {
+// Check finds what is wrong with the options by themselves: Build refuses them too, but a caller may have much to do before it.
+func (o Options) Check() error {
+	o = o.withDefaults()
 	var all []error
+	if _, err := ParseName(o.Name); err != nil {
+		all = append(all, err)
+	}
+	if _, _, _, err := parseSource(o.From); err != nil {
+		all = append(all, err)
+	}
 	if o.CPUs < 1 || o.CPUs > 256 {
 		all = append(all, errs.New(errs.Invalid, "%d CPUs: want 1 to 256", o.CPUs))
 	}
@@ -95,9 +103,6 @@ func (o Options) validate() error {
 	}
 	if strings.IndexByte(o.StartCmd+o.ReadyCmd+o.User+o.Workdir, 0) >= 0 {
 		all = append(all, errs.New(errs.Invalid, "a command, user or directory contains a NUL byte"))
-	}
-	if o.Agent == "" {
-		all = append(all, errs.New(errs.Invalid, "no agent was given"))
 	}
 	return errors.Join(all...)
 }
@@ -133,12 +138,15 @@ func Build(ctx context.Context, o Options, progress func(Step)) (t Template, err
 	if o.Store == nil {
 		return Template{}, errNoStore
 	}
+	if err := o.Check(); err != nil {
+		return Template{}, err
+	}
+	if o.Agent == "" {
+		return Template{}, errs.New(errs.Invalid, "no agent was given")
+	}
 	o = o.withDefaults()
 	n, err := ParseName(o.Name)
 	if err != nil {
-		return Template{}, err
-	}
-	if err := o.validate(); err != nil {
 		return Template{}, err
 	}
 	// Everything that can be wrong with the kernel is said before the first byte of an image is fetched.
