@@ -224,12 +224,11 @@ const minPids = 32
 func (o *MachineOptions) network(log *zap.Logger) (netdev.Config, error) {
 	cfg := netdev.Config{NamePrefix: o.NetworkName, Log: log}
 	var errs [2]error
-	cfg.Prefix, errs[0] = netip.ParsePrefix(o.SlotPrefix)
-	cfg.Prefix6, errs[1] = netip.ParsePrefix(o.SlotPrefix6)
-	for i, name := range []string{"-slot-prefix", "-slot-prefix6"} {
-		if errs[i] != nil {
-			errs[i] = fmt.Errorf("%s: %w", name, errs[i])
-		}
+	if cfg.Prefix, errs[0] = netip.ParsePrefix(o.SlotPrefix); errs[0] != nil {
+		errs[0] = fmt.Errorf("-slot-prefix: %q is not a network such as %v", o.SlotPrefix, netdev.DefaultPrefix)
+	}
+	if cfg.Prefix6, errs[1] = netip.ParsePrefix(o.SlotPrefix6); errs[1] != nil {
+		errs[1] = fmt.Errorf("-slot-prefix6: %q is not a network such as %v", o.SlotPrefix6, netdev.DefaultPrefix6)
 	}
 	return cfg, errors.Join(errs[:]...)
 }
