@@ -106,7 +106,6 @@ func New(cfg Config) (*Machine, error) {
 			m.shifts = true
 		}
 	}
-	m.log.Warn("sandboxes in namespaces", zap.Strings("limitations", m.limits))
 	return m, nil
 }
 
