@@ -56,7 +56,7 @@ func (c *serverConfig) flags(fs *flag.FlagSet) {
 func (c *serverConfig) parse(fs *flag.FlagSet, usage string, args []string, most int, con console) (words []string, err error) {
 	c.flags(fs)
 	fs.Usage = func() {
-		fmt.Fprintf(fs.Output(), "usage: %s [flags] %s\n", fs.Name(), usage)
+		fmt.Fprintln(fs.Output(), strings.TrimSpace("usage: "+fs.Name()+" [flags] "+usage))
 		fs.PrintDefaults()
 	}
 	words, err = config.ParseWords(fs, args, most, con.getenv, con.out)
@@ -75,6 +75,25 @@ type client struct {
 	http     *http.Client
 }
 
+// transport is http.DefaultTransport, except that names below localhost that nobody resolves are this machine's (RFC 6761, section 6.3).
+// Browsers and curl do so by themselves; Go asks the name server for all but localhost itself.
+func transport() *http.Transport {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	dial := t.DialContext
+	t.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dial(ctx, network, address)
+		if _, unknown := errors.AsType[*net.DNSError](err); !unknown {
+			return conn, err
+		}
+		host, port, splitErr := net.SplitHostPort(address)
+		if splitErr != nil || !strings.HasSuffix(strings.ToLower(host), ".localhost") {
+			return conn, err
+		}
+		return dial(ctx, network, net.JoinHostPort("localhost", port))
+	}
+	return t
+}
+
 func (c *serverConfig) client() (*client, error) {
 	if c.url == "" {
 		return nil, errors.New("no server: set E2B_API_URL or give -api-url (`sluice dev` prints its own)")
@@ -86,6 +105,7 @@ func (c *serverConfig) client() (*client, error) {
 		return nil, errors.New("no API key: set E2B_API_KEY or give -api-key (`sluice dev` prints its own, `sluice key create` makes one)")
 	}
 	return &client{url: strings.TrimSuffix(c.url, "/"), key: c.key, http: &http.Client{
+		Transport:     transport(),
 		Timeout:       callTimeout,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }, // the key goes nowhere else
 	}}, nil

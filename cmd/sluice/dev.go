@@ -115,8 +115,8 @@ func greet(out io.Writer, s *devstack.Stack, domain string) {
 		fmt.Fprintf(&b, "# note: %s\n", l)
 	}
 	fmt.Fprintf(&b, "\n# Plain http, for the SDKs and curl:\nexport E2B_API_KEY=%s\nexport E2B_API_URL=%s\nexport E2B_SANDBOX_URL=%s\n", s.APIKey, url, url)
-	fmt.Fprintf(&b, "\n# Or https with the development CA. Names under %s must resolve to %s: curl and browsers do that by\n"+
-		"# themselves for .localhost, Node and Python want libnss-myhostname, systemd-resolved, or lines in /etc/hosts.\n", domain, hostOf(s.HTTPSAddr))
+	fmt.Fprintf(&b, "\n# Or https with the development CA. Names under %s must resolve to %s: curl, browsers and sluice do that\n"+
+		"# by themselves for .localhost, Node and Python want libnss-myhostname, systemd-resolved, or lines in /etc/hosts.\n", domain, hostOf(s.HTTPSAddr))
 	fmt.Fprintf(&b, "#   unset E2B_API_URL E2B_SANDBOX_URL\n#   export E2B_DOMAIN=%s\n#   export NODE_EXTRA_CA_CERTS=%s\n#   export SSL_CERT_FILE=%s\n", s.Domain, shellQuote(s.CAFile), shellQuote(s.CAFile))
 	fmt.Fprintf(&b, "\n# Try it:\ncurl -s -X POST %s/v2/sandboxes -H \"X-API-Key: $E2B_API_KEY\" -H 'Content-Type: application/json' -d '{\"templateID\":\"base\"}'\n\n", url)
 	_, _ = io.WriteString(out, b.String()) // a closed terminal is no reason to stop

@@ -132,7 +132,7 @@ func (c *execConfig) shell(ctx context.Context, client *client) (shell *guest.Sh
 	if sb.State != gen.Running {
 		return nil, "", fmt.Errorf("sandbox %s is %s: `sluice resume %s` brings it back", plain(sb.SandboxID), plain(string(sb.State)), plain(sb.SandboxID))
 	}
-	opts := guest.ShellOptions{URL: c.sandboxURL, Sandbox: sb.SandboxID, User: c.user}
+	opts := guest.ShellOptions{URL: c.sandboxURL, Sandbox: sb.SandboxID, User: c.user, Transport: client.http.Transport}
 	if opts.URL == "" {
 		var domain string
 		if sb.Domain != nil {

@@ -333,6 +333,23 @@ func TestServerErrorsNameTheRemedy(t *testing.T) {
 	if got := operateWith(t, nil, "exec", "-h"); !errors.Is(got.failure, config.ErrHelp) || !strings.Contains(got.out, "usage: sluice exec [flags] ID [--] COMMAND") {
 		t.Errorf("exec -h = %+v", got)
 	}
+	if got := operateWith(t, nil, "ls", "-h"); !strings.HasPrefix(got.out, "usage: sluice ls [flags]\n") {
+		t.Errorf("ls -h = %+v", got)
+	}
+}
+
+// TestLocalhostIsThisMachine: name servers know nothing below localhost, and the names of `sluice dev` are there.
+func TestLocalhostIsThisMachine(t *testing.T) {
+	n, address := newServer(t)
+	n.put(testSandbox("i1", sandboxd.StateRunning))
+	_, port, ok := strings.Cut(strings.TrimPrefix(address, "http://"), ":")
+	if !ok {
+		t.Fatalf("the server is at %q", address)
+	}
+	got := operate(t, "http://api.sluice-test.localhost:"+port, "ls", "-q")
+	if got.failure != nil || got.out != "i1\n" {
+		t.Errorf("ls by a name below localhost = %+v", got)
+	}
 }
 
 func TestLogs(t *testing.T) {
