@@ -51,6 +51,7 @@ func nameFirst(args []string) (name string, rest []string) {
 
 // parseNamed reads a name and flags.
 func parseNamed(fs *flag.FlagSet, args []string) (name string, err error) {
+	fs.Usage = func() { fmt.Fprintf(fs.Output(), "usage: %s NAME [flags]\n", fs.Name()); fs.PrintDefaults() }
 	name, rest := nameFirst(args)
 	if err := config.Parse(fs, rest, os.Getenv, os.Stdout); err != nil {
 		return "", err
@@ -65,7 +66,7 @@ func parseNamed(fs *flag.FlagSet, args []string) (name string, err error) {
 }
 
 func stateDirFlag(fs *flag.FlagSet) *string {
-	return fs.String("state-dir", defaultStateDir(os.Getenv), "`directory` of the node that is to have it; the orchestrator's is /var/lib/sluice")
+	return fs.String("state-dir", defaultStateDir(os.Getenv), "`directory` of the node that has the templates; the orchestrator's is /var/lib/sluice")
 }
 
 // environment is a flag that may be repeated, KEY=value each time.

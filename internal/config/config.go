@@ -34,7 +34,7 @@ func ParseWords(fs *flag.FlagSet, args []string, most int, getenv func(string) s
 			if errors.Is(err, flag.ErrHelp) {
 				fs.SetOutput(out)
 				if usage == nil {
-					usage = func() { fmt.Fprintf(out, "Usage of %s:\n", fs.Name()); fs.PrintDefaults() }
+					usage = func() { fmt.Fprintf(out, "usage: %s [flags]\n", fs.Name()); fs.PrintDefaults() }
 				}
 				usage()
 				return nil, ErrHelp
