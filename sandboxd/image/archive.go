@@ -128,7 +128,7 @@ func unpackedArchive(ctx context.Context, f *os.File, temp string, limits Limits
 		return f, err
 	}
 	bounded := &meter{r: plain, ctx: ctx, sum: noSum{}, left: limits.withDefaults().Bytes, limited: true}
-	_, err = io.Copy(spoolWriter{s.w}, bounded)
+	_, err = io.Copy(s, bounded)
 	if err == nil {
 		err = s.flush()
 	}

@@ -274,6 +274,9 @@ func writeRoot(file string, t *tree, s *spool) error {
 	if err != nil {
 		return fmt.Errorf("lay out root image: %w", err)
 	}
+	if err := s.checkRoom(int64(p.blocks) * erofsBlock); err != nil {
+		return fmt.Errorf("make root image: %w", err)
+	}
 	f, err := os.OpenFile(file, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return fmt.Errorf("make root image: %w", err)

@@ -7,7 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -185,6 +188,28 @@ func TestMergeRefuses(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestBombsLeaveRoomOnTheDisk: an image may unfold into more than a node has left, on which all its sandboxes are.
+func TestBombsLeaveRoomOnTheDisk(t *testing.T) {
+	s := mustSpool(t)
+	left := int64(keepFree + 40<<20)
+	s.room = func() (int64, error) { return left - s.written, nil }
+	src := &source{layers: []layer{layerOf(gzipped(t, tarOf(t, file{name: "zeros", body: strings.Repeat("\x00", 100<<20)})))}}
+	_, err := flatten(t.Context(), src, s, Limits{}, func(Step) {})
+	if errs.CodeOf(err) != errs.Exhausted || s.written > 80<<20 {
+		t.Errorf("flatten = %v with %d bytes written, want no disk space", err, s.written)
+	}
+	s = mustSpool(t)
+	tr := mustMerge(t, s, tarOf(t, file{name: "a", body: strings.Repeat("a", 30<<20)}))
+	s.room = func() (int64, error) { return keepFree + 20<<20, nil }
+	path := filepath.Join(t.TempDir(), "root")
+	if err := writeRoot(path, tr, s); errs.CodeOf(err) != errs.Exhausted {
+		t.Errorf("writeRoot = %v, want no disk space", err)
+	}
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("stat = %v, want nothing there", err)
 	}
 }
 
