@@ -55,10 +55,7 @@ func (c *serverConfig) flags(fs *flag.FlagSet) {
 // parse reads the flags of a command on sandboxes and the words beside them; usage says what those are.
 func (c *serverConfig) parse(fs *flag.FlagSet, usage string, args []string, most int, con console) (words []string, err error) {
 	c.flags(fs)
-	fs.Usage = func() {
-		fmt.Fprintln(fs.Output(), strings.TrimSpace("usage: "+fs.Name()+" [flags] "+usage))
-		fs.PrintDefaults()
-	}
+	config.Usage(fs, strings.TrimSpace("[flags] "+usage))
 	words, err = config.ParseWords(fs, args, most, con.getenv, con.out)
 	c.key = cmp.Or(c.key, con.getenv("E2B_API_KEY"))
 	c.domain = cmp.Or(c.domain, con.getenv("E2B_DOMAIN"))

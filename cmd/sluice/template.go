@@ -41,28 +41,22 @@ func runTemplate(ctx context.Context, args []string) error {
 	return fmt.Errorf("template: no verb %q, want %s", verb, verbs)
 }
 
-// nameFirst takes the template's name off the front of the arguments.
-func nameFirst(args []string) (name string, rest []string) {
-	if len(args) == 0 || strings.HasPrefix(args[0], "-") {
-		return "", args
-	}
-	return args[0], args[1:]
-}
-
-// parseNamed reads a name and flags.
+// parseNamed reads a name, which may stand before or after flags.
 func parseNamed(fs *flag.FlagSet, args []string) (name string, err error) {
-	fs.Usage = func() { fmt.Fprintf(fs.Output(), "usage: %s NAME [flags]\n", fs.Name()); fs.PrintDefaults() }
-	name, rest := nameFirst(args)
-	if err := config.Parse(fs, rest, os.Getenv, os.Stdout); err != nil {
+	config.Usage(fs, "NAME [flags]")
+	words, err := config.ParseWords(fs, args, 1, os.Getenv, os.Stdout)
+	switch {
+	case err != nil:
+		return "", err
+	case len(words) == 0:
+		return "", fmt.Errorf("%s: the name of the template is missing (see %s -h)", fs.Name(), fs.Name())
+	case len(words) > 1:
+		return "", fmt.Errorf("%s: %q is too much: one template at a time", fs.Name(), words[1])
+	}
+	if _, err := image.ParseName(words[0]); err != nil {
 		return "", err
 	}
-	if name == "" {
-		return "", fmt.Errorf("%s: the name of the template is missing: it comes first", fs.Name())
-	}
-	if _, err := image.ParseName(name); err != nil {
-		return "", err
-	}
-	return name, nil
+	return words[0], nil
 }
 
 func stateDirFlag(fs *flag.FlagSet) *string {

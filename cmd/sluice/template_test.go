@@ -128,7 +128,8 @@ func TestTemplateArguments(t *testing.T) {
 		{[]string{"template"}, "build, ls or rm"},
 		{[]string{"template", "make"}, `"make"`},
 		{[]string{"template", "build"}, "name of the template is missing"},
-		{[]string{"template", "build", "-from", "dir:/", "app"}, `"app" is no flag`},
+		{[]string{"template", "build", "-from", "dir:/", "app", "-hypervisor", "/nonexistent"}, "cloud-hypervisor"}, // the name need not be first
+		{[]string{"template", "build", "app", "-from", "dir:/", "web"}, `"web" is too much`},
 		{[]string{"template", "build", "app"}, "-from is missing"},
 		{[]string{"template", "build", "a b", "-from", "dir:/"}, "invalid template name"},
 		{[]string{"template", "build", "app", "-from", "dir:/", "-env", "X"}, "KEY=value"},

@@ -16,11 +16,20 @@ var ErrHelp = flag.ErrHelp
 // Parse fills the flags of fs from args, and those that args leave out from the environment. It refuses words that no flag
 // takes. Usage goes to out, and only when asked for.
 func Parse(fs *flag.FlagSet, args []string, getenv func(string) string, out io.Writer) error {
+	Usage(fs, "[flags]")
 	words, err := ParseWords(fs, args, 0, getenv, out)
 	if err == nil && len(words) > 0 {
 		err = fmt.Errorf("%s: %q is no flag (see %s -h)", fs.Name(), words[0], fs.Name())
 	}
 	return err
+}
+
+// Usage makes help of fs begin with what it takes.
+func Usage(fs *flag.FlagSet, takes string) {
+	fs.Usage = func() {
+		fmt.Fprintf(fs.Output(), "usage: %s %s\n", fs.Name(), takes)
+		fs.PrintDefaults()
+	}
 }
 
 // ParseWords is Parse for a command that takes words too, which may stand before, between and after its flags. What follows the first
@@ -33,9 +42,6 @@ func ParseWords(fs *flag.FlagSet, args []string, most int, getenv func(string) s
 		if err := fs.Parse(args); err != nil {
 			if errors.Is(err, flag.ErrHelp) {
 				fs.SetOutput(out)
-				if usage == nil {
-					usage = func() { fmt.Fprintf(out, "usage: %s [flags]\n", fs.Name()); fs.PrintDefaults() }
-				}
 				usage()
 				return nil, ErrHelp
 			}

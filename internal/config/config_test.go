@@ -67,8 +67,8 @@ func TestParseHelpPrintsTheFlags(t *testing.T) {
 	if err := Parse(fs, []string{"-h"}, func(string) string { return "" }, &out); !errors.Is(err, ErrHelp) {
 		t.Fatalf("Parse(-h) = %v, want ErrHelp", err)
 	}
-	if !strings.Contains(out.String(), "-workers") {
-		t.Errorf("help = %q, want the flags", out.String())
+	if !strings.HasPrefix(out.String(), "usage: edge [flags]\n") || !strings.Contains(out.String(), "-workers") {
+		t.Errorf("help = %q, want the usage and the flags", out.String())
 	}
 }
 
