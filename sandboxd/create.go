@@ -68,7 +68,7 @@ func (m *Manager) createFrom(ctx context.Context, spec CreateSpec, from origin) 
 	if err != nil {
 		return Sandbox{}, err
 	}
-	done, err := m.queue(ctx, m.creating, "started")
+	done, err := m.queue(ctx, m.creating, spec.Team, "started")
 	if err != nil {
 		return Sandbox{}, err
 	}
@@ -168,18 +168,19 @@ func (m *Manager) adopt(l *life, rec record, instance Instance) bool {
 }
 
 // queue waits for one of the turns for what is expensive for a node: starting sandboxes, and saving them.
-func (m *Manager) queue(ctx context.Context, turns chan struct{}, doing string) (done func(), err error) {
-	wait := time.NewTimer(queueTime)
-	defer wait.Stop()
-	select {
-	case turns <- struct{}{}:
-		return func() { <-turns }, nil
-	case <-wait.C:
-		return nil, errs.New(errs.Exhausted, "too many sandboxes are being %s on this node at once; try again in a moment", doing)
-	case <-m.closing:
+func (m *Manager) queue(ctx context.Context, turns *turns, team, doing string) (done func(), err error) {
+	patience, cancel := context.WithTimeout(ctx, queueTime)
+	defer cancel()
+	done, ok := turns.acquire(patience, m.closing, team)
+	switch {
+	case ok:
+		return done, nil
+	case m.isClosing():
 		return nil, errStopping
-	case <-ctx.Done():
+	case ctx.Err() != nil:
 		return nil, &errs.Error{Code: errs.Unavailable, Msg: "gave up while waiting for others that are being " + doing, Err: ctx.Err()}
+	default:
+		return nil, errs.New(errs.Exhausted, "too many sandboxes are being %s on this node at once; try again in a moment", doing)
 	}
 }
 

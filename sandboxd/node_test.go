@@ -574,7 +574,7 @@ func TestLimits(t *testing.T) {
 	})
 	t.Run("creates at once", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			n := newNode(t).start(func(m *Manager) { m.creating = make(chan struct{}, 1) })
+			n := newNode(t).start(func(m *Manager) { m.creating = newTurns(1) })
 			release := n.host.holdUp("start")
 			first := make(chan error, 1)
 			go func() { _, err := n.m.Create(context.Background(), spec(time.Minute)); first <- err }()

@@ -54,7 +54,7 @@ func (m *Manager) pauseAsked(s Suspender, l *life, keepMemory bool, end func(), 
 }
 
 func (m *Manager) pauseInTurn(s Suspender, l *life, keepMemory bool) error {
-	done, err := m.queue(l.ctx, m.saving, "saved")
+	done, err := m.queue(l.ctx, m.saving, m.record(l).Sandbox.Team, "saved")
 	if err != nil {
 		return err
 	}
@@ -237,14 +237,11 @@ func (m *Manager) pauseAtEnd(s Suspender, l *life) {
 		}
 		poke(m.endMoved)
 	}()
-	select {
-	case m.saving <- struct{}{}:
-		defer func() { <-m.saving }()
-	case <-l.ctx.Done():
-		return
-	case <-m.closing:
+	done, ok := m.saving.acquire(l.ctx, m.closing, m.record(l).Sandbox.Team)
+	if !ok {
 		return
 	}
+	defer done()
 	if !l.tryTurn() {
 		next = time.Now().Add(atEndLook)
 		return

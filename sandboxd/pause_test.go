@@ -477,7 +477,7 @@ func TestAutoPause(t *testing.T) {
 	})
 	t.Run("extended while it waits", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			n := newNode(t).start(func(m *Manager) { m.saving = make(chan struct{}, 1) })
+			n := newNode(t).start(func(m *Manager) { m.saving = newTurns(1) })
 			first, second := autoPause(n, time.Minute, true), autoPause(n, time.Minute, true)
 			release := n.host.holdUp("save")
 			time.Sleep(time.Minute + time.Second)

@@ -144,7 +144,7 @@ func (m *Manager) resumeOnce(l *life, opts ConnectOptions) (sb Sandbox, resumed 
 	default:
 		return Sandbox{}, false, inTransition(l.id, sb.State)
 	}
-	done, err := m.queue(l.ctx, m.creating, "started")
+	done, err := m.queue(l.ctx, m.creating, m.record(l).Sandbox.Team, "started")
 	if err != nil {
 		return Sandbox{}, false, err
 	}

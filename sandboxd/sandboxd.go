@@ -34,7 +34,7 @@ type Options struct {
 	MaxSandboxes      int           // that are not paused; zero means 100; never more than the machine has places
 	TeamSandboxes     int           // of one team that are not paused; zero means no limit. The API counts those of all nodes; this one holds for wakes too
 	TeamSnapshots     int           // of one team; zero means 100
-	ConcurrentCreates int           // and resumes, and as many pauses and snapshots; zero means 8; further ones wait for a while
+	ConcurrentCreates int           // of one team, resumes included, and as many pauses and snapshots; zero means 8. All teams together have a quarter more; further ones wait for a while
 	MaxTimeout        time.Duration // longest life from start; zero means 24h
 	LeaseTTL          time.Duration // of the node's lease; renewed every third of it; zero means 10s
 	ReadySlots        int           // slots prepared ahead where the machine can; zero means 2, less than zero none
@@ -80,8 +80,8 @@ type Manager struct {
 	ready     chan struct{} // closed by Run when reconcile is done
 	closing   chan struct{} // closed by close when Run begins to stop
 	close     func()        // any number of times
-	creating  chan struct{} // one token per create or resume in progress
-	saving    chan struct{} // one token per pause or snapshot in progress
+	creating  *turns        // one per create or resume in progress
+	saving    *turns        // one per pause or snapshot in progress
 	endMoved  chan struct{} // capacity 1: some deadline changed
 	misrouted chan struct{} // capacity 1: the catalogue may disagree with the node
 	slotTaken chan struct{} // capacity 1: fewer slots may be ready than should
@@ -139,8 +139,8 @@ func New(opts Options) (*Manager, error) {
 		reached:   func(Step) {},
 		ready:     make(chan struct{}),
 		closing:   make(chan struct{}),
-		creating:  make(chan struct{}, opts.ConcurrentCreates),
-		saving:    make(chan struct{}, opts.ConcurrentCreates),
+		creating:  newTurns(opts.ConcurrentCreates),
+		saving:    newTurns(opts.ConcurrentCreates),
 		endMoved:  make(chan struct{}, 1),
 		misrouted: make(chan struct{}, 1),
 		slotTaken: make(chan struct{}, 1),

@@ -89,7 +89,7 @@ func (m *Manager) snapshotName(asked string) (string, error) {
 
 // snapshot takes a snapshot, of which the caller says what it is for. The caller holds the turn of a running sandbox.
 func (m *Manager) snapshot(s Suspender, l *life, r snapshotRecord) (snapshotRecord, error) {
-	done, err := m.queue(l.ctx, m.saving, "saved")
+	done, err := m.queue(l.ctx, m.saving, m.record(l).Sandbox.Team, "saved")
 	if err != nil {
 		return r, err
 	}
