@@ -63,6 +63,14 @@ func stateDirFlag(fs *flag.FlagSet) *string {
 	return fs.String("state-dir", defaultStateDir(os.Getenv), "`directory` of the node that has the templates; the orchestrator's is /var/lib/sluice")
 }
 
+// existingTemplates opens the store of a state directory that is there. Who looks into a wrong one is to hear of it, and not to make it.
+func existingTemplates(stateDir string) (*image.Store, error) {
+	if _, err := os.Stat(stateDir); err != nil {
+		return nil, fmt.Errorf("-state-dir: %w (a node makes it, or sluice template build; the orchestrator's is /var/lib/sluice)", err)
+	}
+	return daemon.OpenTemplates(stateDir)
+}
+
 // environment is a flag that may be repeated, KEY=value each time.
 type environment map[string]string
 
@@ -188,7 +196,7 @@ func runTemplateList(args []string, out io.Writer) error {
 	if err := config.Parse(fs, args, os.Getenv, os.Stdout); err != nil {
 		return err
 	}
-	store, err := daemon.OpenTemplates(*state)
+	store, err := existingTemplates(*state)
 	if err != nil {
 		return err
 	}
@@ -229,7 +237,7 @@ func runTemplateRemove(args []string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	store, err := daemon.OpenTemplates(*state)
+	store, err := existingTemplates(*state)
 	if err != nil {
 		return err
 	}

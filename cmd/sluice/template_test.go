@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -55,6 +56,13 @@ func TestTemplateListAndRemove(t *testing.T) {
 	}
 	if out, err := list("-json"); err != nil || strings.TrimSpace(out) != "[]" {
 		t.Errorf("ls -json of nothing = %q, %v, want []", out, err)
+	}
+	missing := filepath.Join(state, "missing")
+	if out, err := list("-state-dir", missing); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "-state-dir") {
+		t.Errorf("ls of no directory = %q, %v", out, err)
+	}
+	if _, err := os.Stat(missing); err == nil {
+		t.Error("ls made the directory that it was to look into")
 	}
 	tmpl := storedTemplate(t, state, "team/app:v1")
 	out, err := list()
