@@ -195,6 +195,9 @@ func findSpace(stateDir string) vmm.Finding {
 	if err != nil {
 		return finding("disk space", fmt.Errorf("look at %s: %w", dir, err), "", remedy)
 	}
+	if info, err := os.Stat(dir); err == nil && !info.IsDir() {
+		return finding("disk space", fmt.Errorf("%s is not a directory", dir), "", "name a directory with -state-dir")
+	}
 	free := st.Bavail * uint64(st.Bsize)
 	detail := fmt.Sprintf("%d MiB free at %s", free>>20, dir)
 	if free < minSpace {

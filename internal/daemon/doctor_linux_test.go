@@ -3,6 +3,7 @@ package daemon
 import (
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -47,5 +48,18 @@ func TestDoctorLeavesNothing(t *testing.T) {
 		if after := look(); after != before {
 			t.Errorf("with tap %v there was\n%s\nand now is\n%s", tap, before, after)
 		}
+	}
+}
+
+func TestDoctorWantsADirectory(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if f := findSpace(file); f.OK || !f.Fatal || !strings.Contains(f.Detail, "not a directory") {
+		t.Errorf("a state directory that is a file: %s", f)
+	}
+	if f := findSpace(filepath.Join(t.TempDir(), "not", "yet")); f.Fatal {
+		t.Errorf("a state directory that is to be made: %s", f)
 	}
 }
