@@ -22,7 +22,9 @@ func (m *Manager) takeOver(ctx context.Context) error {
 	if err := m.reconcile(ctx); err != nil {
 		return err
 	}
+	m.announce(ctx) // before anybody hears that we are ready: an edge must find us
 	close(m.ready)
+	m.announce(ctx) // and that we take new sandboxes
 	m.log.Info("ready", zap.String("machine", m.machine.Name()), zap.Int("sandboxes", m.count()))
 	<-ctx.Done()
 	return nil
