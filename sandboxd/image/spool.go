@@ -110,7 +110,7 @@ func roomOf(f *os.File) (int64, error) {
 	if err := unix.Fstatfs(int(f.Fd()), &disk); err != nil {
 		return 0, err
 	}
-	return int64(disk.Bavail) * int64(disk.Bsize), nil
+	return int64(disk.Bavail) * disk.Bsize, nil
 }
 
 // Close gives the space back.
