@@ -663,3 +663,44 @@ func TestTooManySlotsForTheTable(t *testing.T) {
 		t.Errorf("logged %d warnings, want one: %v", logs.Len(), logs.All())
 	}
 }
+
+// TestNothingLeavesUntranslated: what nobody translates, here because another firewall of the host has it untracked, stays inside.
+func TestNothingLeavesUntranslated(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l)
+	slot := acquire(t, n, 1)
+	l.Host.Run(func() {
+		nft := exec.Command("nft", "-f", "-")
+		nft.Stdin = strings.NewReader("table inet other { chain raw { type filter hook prerouting priority raw; meta l4proto udp notrack; }; }")
+		if out, err := nft.CombinedOutput(); err != nil {
+			t.Fatalf("nft: %v: %s", err, out)
+		}
+	})
+	for _, at := range []string{"1.1.1.1:53", "[2606:4700:4700::1111]:53"} {
+		if err := lab.Enter(slot.NetNS, func() {
+			conn, err := net.Dial("udp", at)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			for range 3 {
+				if _, err := io.WriteString(conn, "bare"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			// What is tracked goes the same way after it: when that has arrived, the others would have too.
+			tcp, err := net.DialTimeout("tcp", at, 10*time.Second)
+			if err == nil {
+				tcp.Close()
+			}
+			if err != nil && !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("a connection to %s: %v", at, err)
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := l.Strangers(); got != 0 {
+		t.Errorf("%d packets left with an address of their slot", got)
+	}
+}

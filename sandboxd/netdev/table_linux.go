@@ -38,13 +38,17 @@ import (
 //		ct state invalid drop                    # would leave with the slot's own address
 //		ct status confirmed accept
 //		ct state new add @flows { iifname ct count over 16384 } drop
-//		accept }
+//		ct state new,established,related accept
+//		drop }                                   # untracked: nobody would translate it
 //	chain to_slot {
 //		ct state established,related accept
 //		drop }
 //	chain masquerade { type nat hook postrouting priority srcnat
 //		oifname != "sl-*" ip saddr 10.12.0.0/16 masquerade
 //		oifname != "sl-*" ip6 saddr fd73:6c75:6963:6500::/64 masquerade }
+//	chain untranslated { hook postrouting priority srcnat + 1
+//		oifname != "sl-*" ip saddr 10.12.0.0/16 drop
+//		oifname != "sl-*" ip6 saddr fd73:6c75:6963:6500::/64 drop }
 
 // private is what no sandbox may reach at all. The rules inside the namespace refuse more, and in a way that programs see;
 // these are the ones that must hold even if those were not there.
@@ -273,7 +277,8 @@ func (n *Network) addRules(conn *nftables.Conn, table *nftables.Table, sets host
 	rule(fromSlot, flowHas(expr.CtKeySTATE, expr.CtStateBitINVALID), end(drop))
 	rule(fromSlot, flowHas(expr.CtKeySTATUS, statusConfirmed), end(accept)) // counted when it began
 	rule(fromSlot, flowHas(expr.CtKeySTATE, expr.CtStateBitNEW), n.tooMany(sets.flows), end(drop))
-	rule(fromSlot, end(accept))
+	rule(fromSlot, flowHas(expr.CtKeySTATE, expr.CtStateBitNEW|expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), end(accept))
+	rule(fromSlot, end(drop)) // untracked: nobody would translate it
 	rule(toSlot, flowHas(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), end(accept))
 	rule(toSlot, end(drop))
 
@@ -284,6 +289,11 @@ func (n *Network) addRules(conn *nftables.Conn, table *nftables.Table, sets host
 	nat := chain("masquerade", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
 	rule(nat, notTo, saddrIn(n.cfg.Prefix), []expr.Any{&expr.Masq{}})
 	rule(nat, notTo, saddrIn(n.cfg.Prefix6), []expr.Any{&expr.Masq{}})
+
+	// Behind the translation, whatever kept it from translating: a slot's address is nobody's business outside.
+	bare := chain("untranslated", nftables.ChainTypeFilter, nftables.ChainHookPostrouting, nftables.ChainPriorityRef(*nftables.ChainPriorityNATSource+1))
+	rule(bare, notTo, saddrIn(n.cfg.Prefix), end(drop))
+	rule(bare, notTo, saddrIn(n.cfg.Prefix6), end(drop))
 }
 
 // device matches the beginning of a device's name: `iifname "sl-*"`.
