@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -152,24 +153,8 @@ func runNested(t *testing.T, here vmHost) {
 	n := lab.NewNested(t)
 	l := lab.New(t)
 	l.Name("*."+domain, netip.MustParseAddr("127.0.0.1"))
-	ctx, cancel := context.WithTimeout(context.Background(), patience*time.Minute)
-	defer cancel()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	const test = "/sluice/sdk/test"
-	for dst, src := range map[string]string{
-		test:                                     self,
-		path.Join(nestedHost.programs, "sluice"): filepath.Join(here.programs, "sluice"),
-		path.Join(nestedHost.programs, "guestd"): filepath.Join(here.programs, "guestd"),
-	} {
-		if err := n.PutProgram(ctx, src, dst); err != nil {
-			t.Fatalf("take %s into the nested host: %v", src, err)
-		}
-	}
 	files := map[string]string{nestedHost.base: here.base}
-	err = filepath.WalkDir(here.web, func(file string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(here.web, func(file string, d fs.DirEntry, err error) error {
 		if err == nil && d.Type().IsRegular() {
 			files[nestedHost.web+strings.TrimPrefix(file, here.web)] = file
 		}
@@ -178,41 +163,85 @@ func runNested(t *testing.T, here vmHost) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for dst, src := range files {
-		if err := n.Put(ctx, src, dst); err != nil {
-			t.Fatalf("take %s into the nested host: %v", src, err)
-		}
-	}
-	host := n.Daemon(t, "host", lab.Command{
-		Args: []string{test, "-test.run", "^TestVMHost$", "-test.v", "-test.timeout", "2h"}, Env: []string{hostVariable + "=1"}, Dir: path.Dir(test),
-	})
-	var key string
-	host.Await(t, "the node in it", patience*time.Minute, lab.Value(&key, hostReady))
+	host, key := serveNested(t, n, "TestVMHost", here.programs, nil, files)
 	for port, inside := range map[string]string{"80": hostHTTP, "443": hostHTTPS, "9400": hostMetrics} {
-		ln, err := l.Host.Listen("tcp", "127.0.0.1:"+port)
-		if err != nil {
-			t.Fatal(err)
-		}
-		n.Forward(t, ln, inside)
-	}
-	ca, err := n.Get(ctx, nestedHost.state+"/ca/ca.pem")
-	if err != nil {
-		t.Fatal(err)
-	}
-	caFile := filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(caFile, ca, 0o644); err != nil {
-		t.Fatal(err)
+		forward(t, n, l, "127.0.0.1:"+port, inside)
 	}
 	build := nestedHost.build("web") // the node runs, and sees it at once
-	out, code, err := n.Run(ctx, lab.Command{Args: build})
+	out, code, err := n.Run(t.Context(), lab.Command{Args: build})
 	t.Logf("%s: %s", strings.Join(build, " "), out)
 	if err != nil || code != 0 {
 		t.Fatalf("build the image of the test: status %d, %v", code, err)
 	}
 
-	runVMPrograms(t, l, clientEnv(key, caFile), patience)
+	runVMPrograms(t, l, clientEnv(key, nestedCA(t, n, nestedHost.state)), patience)
+	endNested(t, n, host)
+}
 
-	ctx, cancel = context.WithTimeout(context.Background(), patience*time.Minute)
+// serveNested takes the programs and files into the nested host, which are keyed by where they go, and has a test of this binary serve
+// there. It returns that, and the API key that it names.
+func serveNested(t *testing.T, n *lab.Nested, name, dir string, programs, files map[string]string) (host *lab.NestedDaemon, key string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience*time.Minute)
+	defer cancel()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const test = "/sluice/sdk/test"
+	programs = maps.Clone(programs)
+	if programs == nil {
+		programs = make(map[string]string)
+	}
+	programs[test] = self
+	for _, p := range []string{"sluice", "guestd"} {
+		programs[path.Join(nestedHost.programs, p)] = filepath.Join(dir, p)
+	}
+	for dst, src := range programs {
+		if err := n.PutProgram(ctx, src, dst); err != nil {
+			t.Fatalf("take %s into the nested host: %v", src, err)
+		}
+	}
+	for dst, src := range files {
+		if err := n.Put(ctx, src, dst); err != nil {
+			t.Fatalf("take %s into the nested host: %v", src, err)
+		}
+	}
+	host = n.Daemon(t, "host", lab.Command{
+		Args: []string{test, "-test.run", "^" + name + "$", "-test.v", "-test.timeout", "2h"}, Env: []string{hostVariable + "=1"}, Dir: path.Dir(test),
+	})
+	host.Await(t, "the node in it", patience*time.Minute, lab.Value(&key, hostReady))
+	return host, key
+}
+
+// forward has an address of a laboratory's host stand for one in the nested host.
+func forward(t *testing.T, n *lab.Nested, l *lab.Lab, addr, inside string) {
+	t.Helper()
+	ln, err := l.Host.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Forward(t, ln, inside)
+}
+
+// nestedCA returns a file with the development CA that has a directory in the nested host.
+func nestedCA(t *testing.T, n *lab.Nested, state string) (file string) {
+	t.Helper()
+	ca, err := n.Get(t.Context(), state+"/ca/ca.pem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file = filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, ca, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// endNested tells the test that serves in the nested host that it is over, and waits for its verdict.
+func endNested(t *testing.T, n *lab.Nested, host *lab.NestedDaemon) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience*time.Minute)
 	defer cancel()
 	c, err := n.Dial(ctx, hostEnd)
 	if err != nil {
@@ -242,19 +271,9 @@ func runVMPrograms(t *testing.T, l *lab.Lab, env []string, slower int) {
 
 // TestVMHost is TestVM's other half, in the nested host: it serves until somebody says that it is over.
 func TestVMHost(t *testing.T) {
-	if os.Getenv(hostVariable) == "" {
-		t.Skip("runs in the nested host only, for TestVM")
-	}
-	l := lab.New(t)
+	l := newHostLab(t)
 	key := nestedHost.serve(t, l)
-	for at, to := range map[string]string{hostHTTP: "127.0.0.1:80", hostHTTPS: "127.0.0.1:443", hostMetrics: "127.0.0.1:9400"} {
-		ln, err := net.Listen("tcp", at)
-		if err != nil {
-			t.Fatal(err)
-		}
-		r := &relay{ln: ln, dial: func(ctx context.Context) (net.Conn, error) { return l.Host.Dial(ctx, "tcp", to) }}
-		t.Cleanup(r.start())
-	}
+	relayAll(t, l, map[string]string{hostHTTP: "127.0.0.1:80", hostHTTPS: "127.0.0.1:443", hostMetrics: "127.0.0.1:9400"})
 	over, err := net.Listen("tcp", hostEnd)
 	if err != nil {
 		t.Fatal(err)
@@ -268,6 +287,120 @@ func TestVMHost(t *testing.T) {
 	c.Close()
 	nothingGotOut(t, l)
 	nestedHost.interruptBuild(t)
+}
+
+// newHostLab returns the laboratory of a test that runs in the nested host for one out here. Elsewhere it skips.
+func newHostLab(t *testing.T) *lab.Lab {
+	t.Helper()
+	if os.Getenv(hostVariable) == "" {
+		t.Skip("runs in the nested host only, for a test outside")
+	}
+	return lab.New(t)
+}
+
+// relayAll passes connections to addresses of this machine on to those of a laboratory's host.
+func relayAll(t *testing.T, l *lab.Lab, addrs map[string]string) {
+	t.Helper()
+	for at, to := range addrs {
+		ln, err := net.Listen("tcp", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := &relay{ln: ln, dial: func(ctx context.Context) (net.Conn, error) { return l.Host.Dial(ctx, "tcp", to) }}
+		t.Cleanup(r.start())
+	}
+}
+
+// TestVMCluster runs program g against nodes with virtual machines, as TestVM does the others.
+func TestVMCluster(t *testing.T) {
+	if _, err := lab.FindVMM(); err != nil {
+		t.Skip("VM tests need it: " + err.Error())
+	}
+	js, server := clusterNeeds(t)
+	base := debianImage(t)
+	programs := clusterPrograms(t)
+	if lab.NativeKVM() {
+		c := &cluster{lab: lab.New(t), programs: programs, redisServer: server, machine: "vm", dir: t.TempDir(), slower: 1}
+		kernel, err := lab.FindKernel()
+		if err != nil {
+			t.Skip(err)
+		}
+		key := vmHost{programs: programs, base: base, kernel: kernel.Root}.serveCluster(t, c)
+		runProgram(t, c.lab, js, "g_cluster", clusterEnv(key, c.caFile(), 1), func(what string) { c.do(t, what) })
+		nothingGotOut(t, c.lab)
+		return
+	}
+	n := lab.NewNested(t)
+	l := lab.New(t)
+	l.Name("*."+domain, netip.MustParseAddr(clusterEdges[0]))
+	host, key := serveNested(t, n, "TestVMClusterHost", programs, map[string]string{
+		nestedRedis: server,
+		path.Join(nestedHost.programs, "orchestrator"): filepath.Join(programs, "orchestrator"),
+		path.Join(nestedHost.programs, "edge"):         filepath.Join(programs, "edge"),
+	}, map[string]string{nestedHost.base: base})
+	for i, inside := range hostEdges {
+		forward(t, n, l, clusterEdges[i]+":443", inside)
+	}
+	js.time = patience * programTime
+	runProgram(t, l, js, "g_cluster", clusterEnv(key, nestedCA(t, n, nestedCluster), patience), func(what string) { askNested(t, n, what) })
+	endNested(t, n, host)
+}
+
+const (
+	nestedCluster = lab.NestedDisk + "/cluster"
+	nestedRedis   = "/sluice/bin/redis-server"
+)
+
+// hostEdges are where the nested host serves clusterEdges.
+var hostEdges = []string{hostHTTP, hostHTTPS}
+
+// serveCluster makes the base template on each node and starts the cluster. It returns an API key.
+func (h vmHost) serveCluster(t *testing.T, c *cluster) (key string) {
+	t.Helper()
+	for _, node := range clusterNodes {
+		h.state = c.stateDir(node)
+		h.run(t, h.build("base"))
+	}
+	return c.start(t)
+}
+
+// askNested has TestVMClusterHost do something and waits until it is done.
+func askNested(t *testing.T, n *lab.Nested, what string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience*startTime)
+	defer cancel()
+	c, err := n.Dial(ctx, hostEnd)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	fmt.Fprintln(c, what)
+	if answer, err := bufio.NewReader(c).ReadString('\n'); answer != "done\n" {
+		t.Errorf("the nested host was asked to %s: %q, %v", what, answer, err)
+	}
+}
+
+// TestVMClusterHost is TestVMCluster's other half, in the nested host.
+func TestVMClusterHost(t *testing.T) {
+	l := newHostLab(t)
+	c := &cluster{lab: l, programs: nestedHost.programs, redisServer: nestedRedis, machine: "vm", dir: nestedCluster, slower: patience}
+	key := nestedHost.serveCluster(t, c)
+	relays := make(map[string]string)
+	for i, at := range hostEdges {
+		relays[at] = clusterEdges[i] + ":443"
+	}
+	relayAll(t, l, relays)
+	asked, err := net.Listen("tcp", hostEnd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer asked.Close()
+	fmt.Println("\n" + hostReady + key)
+	c.serveRequests(t, asked)
+	nothingGotOut(t, l)
 }
 
 // interruptBuild ends a build with Ctrl-C while its machine runs: nothing of it may stay.

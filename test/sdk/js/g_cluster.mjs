@@ -2,7 +2,7 @@
 import https from 'node:https'
 import readline from 'node:readline'
 import { Sandbox } from '@e2b/code-interpreter'
-import { assert, saw, until } from './check.mjs'
+import { assert, patience, saw, until } from './check.mjs'
 
 const edges = process.env.LAB_EDGES.split(',') // addresses; the names resolve to the first
 const agent = new https.Agent({ keepAlive: true })
@@ -17,13 +17,13 @@ async function please(what) {
 /** One GET of a public name through one particular edge. */
 function through(edge, host) {
   return new Promise((resolve, reject) => {
-    const request = https.request({ host: edge, port: 443, servername: host, headers: { host }, agent, timeout: 5000 }, (response) => {
+    const request = https.request({ host: edge, port: 443, servername: host, headers: { host }, agent, timeout: 5000 * patience }, (response) => {
       let text = ''
       response.on('data', (chunk) => { text += chunk })
       response.on('end', () => resolve({ status: response.statusCode, text, retryAfter: response.headers['retry-after'] }))
       response.on('error', reject)
     })
-    request.on('timeout', () => request.destroy(new Error(`${edge}: no answer in 5 s`)))
+    request.on('timeout', () => request.destroy(new Error(`${edge}: no answer in ${5 * patience} s`)))
     request.on('error', reject)
     request.end()
   })
@@ -39,7 +39,7 @@ async function everywhere(sandboxes, want) {
 }
 
 const sandboxes = []
-for (let i = 0; i < 4; i++) sandboxes.push(await Sandbox.create())
+for (let i = 0; i < 4; i++) sandboxes.push(await Sandbox.create({ timeoutMs: 300_000 * patience }))
 saw('created', sandboxes.map((s) => s.sandboxId).join(','))
 await please('check placement')
 try {
@@ -59,7 +59,7 @@ try {
   const took = Date.now() - killed
   const { text } = await through(edges[1], gone.getHost(3000))
   assert.equal(JSON.parse(text).message, 'The sandbox was not found')
-  assert.ok(took <= 100, `both edges answered 502 only after ${took} ms`)
+  assert.ok(took <= 100 * patience, `both edges answered 502 only after ${took} ms`)
   saw('kill', `both edges answered 502 within ${took} ms: ${text}`)
 
   await please('stop redis')
