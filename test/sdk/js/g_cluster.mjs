@@ -44,7 +44,7 @@ saw('created', sandboxes.map((s) => s.sandboxId).join(','))
 await please('check placement')
 try {
   for (const sandbox of sandboxes) {
-    await sandbox.commands.run('python -m http.server 3000', { background: true })
+    await sandbox.commands.run('python -m http.server 3000', { background: true, timeoutMs: 0 })
     await until('the server answers', async () => (await through(edges[0], sandbox.getHost(3000))).status === 200)
   }
   await everywhere(sandboxes, 200)
