@@ -18,7 +18,7 @@ function navigate(url) {
 const sandbox = await Sandbox.create({ network: { allowPublicTraffic: false } })
 try {
   assert.ok(sandbox.trafficAccessToken, 'a private sandbox has a traffic token')
-  await sandbox.commands.run('python -m http.server 3000', { background: true })
+  await sandbox.commands.run('python -m http.server 3000', { background: true, timeoutMs: 0 })
   const url = 'https://' + sandbox.getHost(3000)
   const right = { headers: { 'e2b-traffic-access-token': sandbox.trafficAccessToken } }
 
@@ -48,7 +48,7 @@ try {
     '        self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)',
     'HTTPServer(("127.0.0.1", 3001), H).serve_forever()',
   ].join('\n'))
-  await sandbox.commands.run('python /tmp/echo.py', { background: true })
+  await sandbox.commands.run('python /tmp/echo.py', { background: true, timeoutMs: 0 })
   const seen = await answering('https://' + sandbox.getHost(3001), right)
   assert.equal(seen.status, 200)
   assert.ok(!seen.text.toLowerCase().includes('e2b-traffic-access-token'), 'the token reached the sandbox')

@@ -29,7 +29,7 @@ S(('0.0.0.0', 8080), H).serve_forever()
 const sandbox = await Sandbox.create({ network: { maskRequestHost: 'localhost:${PORT}' } })
 try {
   await sandbox.files.write('/home/user/server.py', server)
-  await sandbox.commands.run('python /home/user/server.py', { background: true })
+  await sandbox.commands.run('python /home/user/server.py', { background: true, timeoutMs: 0 })
   const host = sandbox.getHost(8080)
   const want = `host=localhost:8080 forwarded=${host}`
 

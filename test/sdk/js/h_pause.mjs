@@ -12,7 +12,9 @@ try {
   const url = 'https://' + sandbox.getHost(3000)
   assert.equal((await answering(url)).status, 200)
   // A connection to the internet that will not be there any more.
-  await sandbox.commands.run(`cat < /dev/tcp/8.8.8.8/${process.env.LAB_STREAM_PORT} >/dev/null 2>/tmp/why; echo $? >/tmp/ended`, { background: true, timeoutMs: 0 })
+  const hold = `exec 3< /dev/tcp/8.8.8.8/${process.env.LAB_STREAM_PORT} && touch /tmp/open; cat <&3 >/dev/null 2>/tmp/why; echo $? >/tmp/ended`
+  await sandbox.commands.run(hold, { background: true, timeoutMs: 0 })
+  await until('the connection is open', () => sandbox.files.exists('/tmp/open'))
   const before = await counted(sandbox, name, 3)
 
   assert.equal(await sandbox.pause(), true)

@@ -9,7 +9,7 @@ TOKEN = "e2b-traffic-access-token"
 sandbox = Sandbox.create(network={"allow_public_traffic": False})
 try:
     assert sandbox.traffic_access_token, "a private sandbox has a traffic token"
-    sandbox.commands.run("python -m http.server 3000", background=True)
+    sandbox.commands.run("python -m http.server 3000", background=True, timeout=0)
     url = "https://" + sandbox.get_host(3000)
     status, _, _ = answering(url, {TOKEN: sandbox.traffic_access_token})
     assert status == 200, status
