@@ -9,8 +9,9 @@ try {
   const transfer = `cat < /dev/tcp/8.8.8.8/${process.env.LAB_STREAM_PORT} > /tmp/stream; echo ended $? > /tmp/ended`
   await sandbox.commands.run(transfer, { background: true })
   const size = async () => Number((await sandbox.commands.run('stat -c %s /tmp/stream 2>/dev/null || echo 0')).stdout)
-  const first = await until('the transfer starts', size)
-  await until('the transfer goes on', async () => (await size()) > first)
+  const busyDisk = 60_000 // the kernel holds a writer up for as long
+  const first = await until('the transfer starts', size, busyDisk)
+  await until('the transfer goes on', async () => (await size()) > first, busyDisk)
 
   const start = Date.now()
   await sandbox.updateNetwork({ denyOut: ['8.8.8.8'] })
