@@ -425,7 +425,7 @@ func TestWakeAnswersForPeople(t *testing.T) {
 // A client that goes away waits no longer, and the wake goes on without it: whoever comes next joins it.
 func TestClientGoneWhileWaiting(t *testing.T) {
 	if !canWatch {
-		t.Skip("clients that go away are noticed where there is epoll")
+		t.Skip("clients that go away are noticed on Linux only, where there is epoll")
 	}
 	e := startEdge(t)
 	r := e.asleep(t, routing.Route{})

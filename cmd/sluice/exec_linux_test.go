@@ -23,7 +23,7 @@ func startAgent(t *testing.T) (url string) {
 	t.Helper()
 	self, err := user.Current()
 	if err != nil {
-		t.Skipf("who runs this is not in the list of users: %v", err)
+		t.Skipf("who runs this is not in /etc/passwd, run the tests as a user who is: %v", err)
 	}
 	public, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -33,7 +33,7 @@ func TestDoctorLeavesNothing(t *testing.T) {
 		})
 		out, err := l.Host.Command(t.Context(), "nft", "list", "tables").CombinedOutput()
 		if err != nil {
-			t.Skipf("nft: %v\n%s", err, out)
+			t.Skipf("no nft to look with: apt-get install nftables, or make test: %v\n%s", err, out)
 		}
 		b.Write(out)
 		return b.String()

@@ -30,7 +30,7 @@ func TestWriteInitramfs(t *testing.T) {
 		t.Error("a missing file is packed")
 	}
 	if _, err := exec.LookPath("cpio"); err != nil {
-		t.Skip("no cpio to read it with")
+		t.Skip("no cpio to read it with: apt-get install cpio, or make test")
 	}
 	dir := t.TempDir()
 	unpack := exec.Command("cpio", "-idm", "--quiet")

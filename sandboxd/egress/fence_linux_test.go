@@ -592,7 +592,7 @@ func TestThousandDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	if limit.Max < 2*open {
-		t.Skipf("at most %d files may be open here", limit.Max)
+		t.Skipf("at most %d files may be open here, and it takes %d: raise the hard limit of RLIMIT_NOFILE (ulimit -Hn)", limit.Max, 2*open)
 	}
 	raised := limit
 	raised.Cur = max(limit.Cur, 2*open)

@@ -7,16 +7,16 @@ import (
 	"testing"
 )
 
-// testKernel is the kernel package that is unpacked where SLUICE_TEST_KERNEL says or where setup has done it, or that is installed here.
+// testKernel is the kernel package that is unpacked where SLUICE_KERNEL_ROOT says or where setup has done it, or that is installed here.
 func testKernel(t *testing.T) Kernel {
 	t.Helper()
-	root := os.Getenv("SLUICE_TEST_KERNEL")
+	root := os.Getenv("SLUICE_KERNEL_ROOT")
 	if _, err := os.Stat("../../.build/kernel/boot"); root == "" && err == nil {
 		root = "../../.build/kernel"
 	}
 	k, err := FindKernel(root, "")
 	if err != nil {
-		t.Skipf("SKIP: %v; or set SLUICE_TEST_KERNEL to the directory that it was unpacked to", err)
+		t.Skipf("SKIP: %v; or set SLUICE_KERNEL_ROOT to the directory that it was unpacked to", err)
 	}
 	if k.Modules == "" {
 		t.Skipf("SKIP: the kernel %s has no modules to load", k.Image)

@@ -316,7 +316,7 @@ func TestInitramfs(t *testing.T) {
 	}
 	cpio, err := exec.LookPath("cpio")
 	if err != nil {
-		t.Skip("SKIP: no cpio to read it: install the package cpio")
+		t.Skip("SKIP: no cpio to read it: apt-get install cpio, or make test")
 	}
 	cmd := exec.Command(cpio, "-itv", "--quiet", "--numeric-uid-gid")
 	cmd.Stdin = &b

@@ -37,7 +37,7 @@ func TestRootless(t *testing.T) {
 		t.Fatal(err)
 	}
 	if strings.Contains(string(out), "--- SKIP") {
-		t.Skip("skipped for a user without privilege")
+		t.Skip("skipped for a user without privilege; the reason is in its output above")
 	}
 }
 
