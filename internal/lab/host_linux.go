@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-edge/sluice/internal/pidfd"
 )
 
 // Host is the machine of the laboratory on which Sluice runs.
@@ -233,15 +235,13 @@ func killInside(inodes map[uint64]bool) (found int) {
 		if err != nil || pid == os.Getpid() || !livesIn(pid, inodes) {
 			continue
 		}
-		fd, err := unix.PidfdOpen(pid, 0)
-		if err != nil {
-			continue
-		}
-		if livesIn(pid, inodes) { // still the same one, now that the descriptor holds it
-			found++
-			_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
-		}
-		_ = unix.Close(fd)
+		pidfd.KillIf(pid, func() bool {
+			still := livesIn(pid, inodes)
+			if still {
+				found++
+			}
+			return still
+		})
 	}
 	return found
 }

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-edge/sluice/internal/pidfd"
 )
 
 // Host is where on this host a sandbox's cgroups go. A sandbox's cgroup is a child of the daemon's own: whatever bounds the daemon
@@ -130,7 +132,7 @@ func killAll(dir string) error {
 		return err
 	}
 	for _, pid := range pids {
-		kill(pid, func() bool {
+		pidfd.KillIf(pid, func() bool {
 			now, err := members(dir)
 			return err == nil && slices.Contains(now, pid)
 		})
@@ -375,21 +377,4 @@ func writeFile(name, content string) error {
 	defer f.Close()
 	_, err = f.WriteString(content)
 	return err
-}
-
-// kill kills a process that still is a member once its number is pinned by a descriptor.
-func kill(pid int, member func() bool) {
-	if pid == os.Getpid() {
-		return
-	}
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return
-	}
-	defer unix.Close(fd)
-	if member() {
-		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
-		// Whoever started it collects it. The caller looks again, so the end of this wait proves nothing.
-		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 1000)
-	}
 }

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/internal/pidfd"
 	"github.com/sluice-edge/sluice/internal/tree"
 	"github.com/sluice-edge/sluice/sandboxd/cgroup"
 
@@ -436,19 +437,19 @@ func (m *Machine) follow(ctx context.Context, spec Spec, plan Plan, planWrite, s
 }
 
 func (m *Machine) watchChild(pid int, spec Spec, plan Plan, held held) (*Process, error) {
-	start, err := startTimeOf(pid)
+	start, err := pidfd.StartTime(pid)
 	if err != nil {
 		return nil, fmt.Errorf("find sandbox's process: %w", err)
 	}
 	if err := os.WriteFile(filepath.Join(spec.Dir, pidName), fmt.Appendf(nil, "%d %d", pid, start), 0o600); err != nil {
 		return nil, fmt.Errorf("note sandbox's process: %w", err)
 	}
-	pidfd, err := openPidfd(pid, start)
+	process, err := pidfd.Open(pid, start)
 	if err != nil {
 		return nil, fmt.Errorf("open sandbox's process: %w", err)
 	}
 	h := Handle{PID: pid, StartTime: start, ControlSocket: spec.controlSocket(), CgroupPaths: plan.Cgroups}
-	return newProcess(h, pidfd, held), nil
+	return newProcess(h, process, held), nil
 }
 
 func (m *Machine) awaitAnswer(ctx context.Context, p *Process) error {
@@ -495,7 +496,7 @@ func (m *Machine) Adopt(ctx context.Context, spec Spec, h Handle) (*Process, err
 	if err := spec.validate(m.cfg.Rootless); err != nil {
 		return nil, err
 	}
-	pidfd, err := openPidfd(h.PID, h.StartTime)
+	process, err := pidfd.Open(h.PID, h.StartTime)
 	if errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) {
 		return nil, &errs.Error{Code: errs.NotFound, Msg: "the sandbox is gone", Err: err}
 	}
@@ -504,10 +505,10 @@ func (m *Machine) Adopt(ctx context.Context, spec Spec, h Handle) (*Process, err
 	}
 	// A record of another sandbox, or of a process that never became one, is not taken for this one.
 	if !newSurvivors(spec, m.cfg.Rootless).owns(h.PID) {
-		pidfd.Close()
+		process.Close()
 		return nil, errs.New(errs.NotFound, "the process on record is not this sandbox")
 	}
-	p := newProcess(h, pidfd, held{})
+	p := newProcess(h, process, held{})
 	if err := m.awaitAnswer(ctx, p); err != nil {
 		return nil, errors.Join(err, p.Release())
 	}
@@ -549,7 +550,7 @@ func (m *Machine) removeCgroups(ctx context.Context, spec Spec) error {
 func (m *Machine) killSurvivors(ctx context.Context, spec Spec) error {
 	s := newSurvivors(spec, m.cfg.Rootless)
 	for {
-		pids, err := allPids()
+		pids, err := pidfd.All()
 		if err != nil {
 			return fmt.Errorf("list processes: %w", err)
 		}
@@ -557,7 +558,7 @@ func (m *Machine) killSurvivors(ctx context.Context, spec Spec) error {
 		for _, pid := range pids {
 			if s.owns(pid) {
 				found++
-				killIf(pid, func() bool { return s.owns(pid) })
+				pidfd.KillIf(pid, func() bool { return s.owns(pid) })
 			}
 		}
 		if found == 0 {

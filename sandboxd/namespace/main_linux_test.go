@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-edge/sluice/internal/pidfd"
 )
 
 var update = flag.Bool("update", false, "rewrite golden files")
@@ -275,7 +277,7 @@ func wantNothingLeft(t testing.TB, m *Machine, spec Spec) {
 
 func processesLeft(t testing.TB, m *Machine, spec Spec) (left []string) {
 	t.Helper()
-	pids, err := allPids()
+	pids, err := pidfd.All()
 	if err != nil {
 		t.Fatal(err)
 	}

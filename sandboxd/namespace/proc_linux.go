@@ -10,97 +10,11 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-edge/sluice/internal/pidfd"
 )
-
-const cldExited = 1 // CLD_EXITED
-
-// siginfoChild is the part of siginfo_t that waitid fills.
-type siginfoChild struct {
-	code   int32
-	pid    int32
-	status int32
-}
-
-// wait collects the child without blocking; pid stays zero while it runs.
-func (c *siginfoChild) wait(pidfd int) error {
-	var info unix.Siginfo
-	for {
-		err := unix.Waitid(unix.P_PIDFD, pidfd, &info, unix.WEXITED|unix.WNOHANG, nil)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		break
-	}
-	// struct { int signo, errno, code; [int pad]; int pid; uid_t uid; int status; ... } on all 64-bit machines.
-	raw := (*[7]int32)(unsafe.Pointer(&info))
-	c.code, c.pid, c.status = raw[2], raw[4], raw[6]
-	return nil
-}
-
-func startTimeOf(pid int) (uint64, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	return parseStartTime(b)
-}
-
-// parseStartTime is field 22 of /proc/<pid>/stat. Field 2 is a name that the process chose, with spaces and parentheses if
-// it likes.
-func parseStartTime(stat []byte) (uint64, error) {
-	i := bytes.LastIndexByte(stat, ')')
-	if i < 0 {
-		return 0, errors.New("process status has no name")
-	}
-	fields := strings.Fields(string(stat[i+1:]))
-	if len(fields) < 20 {
-		return 0, errors.New("process status is too short")
-	}
-	return strconv.ParseUint(fields[19], 10, 64)
-}
-
-// killIf kills a process that still is what the caller took it for once its number is pinned by a descriptor.
-func killIf(pid int, still func() bool) {
-	if pid == os.Getpid() {
-		return
-	}
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return
-	}
-	defer unix.Close(fd)
-	if still() {
-		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
-		// Whoever started it collects it. The caller looks again, so the end of this wait proves nothing.
-		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 1000)
-	}
-}
-
-// allPids lists /proc.
-func allPids() ([]int, error) {
-	d, err := os.Open("/proc")
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	names, err := d.Readdirnames(-1)
-	if err != nil {
-		return nil, err
-	}
-	var pids []int
-	for _, n := range names {
-		if pid, err := strconv.Atoi(n); err == nil {
-			pids = append(pids, pid)
-		}
-	}
-	return pids, nil
-}
 
 // survivors recognises the processes of one sandbox by what no stranger has.
 type survivors struct {
@@ -174,7 +88,7 @@ func (s survivors) isOnRecord(pid int) bool {
 	if pid != s.pid {
 		return false
 	}
-	start, err := startTimeOf(pid)
+	start, err := pidfd.StartTime(pid)
 	return err == nil && start == s.start
 }
 

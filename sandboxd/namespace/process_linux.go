@@ -8,6 +8,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-edge/sluice/internal/pidfd"
 )
 
 // Process is a running sandbox. All of its methods may be called from any goroutine.
@@ -60,7 +62,7 @@ func (p *Process) Kill(ctx context.Context) error {
 		return nil
 	default:
 	}
-	if err := p.signal(unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+	if err := pidfd.Signal(p.pidfd, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("kill sandbox: %w", err)
 	}
 	select {
@@ -84,43 +86,15 @@ func (p *Process) Release() error {
 	return err
 }
 
-func (p *Process) signal(sig unix.Signal) error {
-	raw, err := p.pidfd.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var sent error
-	err = raw.Control(func(fd uintptr) { sent = unix.PidfdSendSignal(int(fd), sig, nil, 0) })
-	return errors.Join(err, sent)
-}
-
 // held is what the daemon holds of a sandbox that it has started itself; nil in an adopted one.
 type held struct {
 	commit *os.File // write end of the watchdog's pipe
 	log    *os.File
 }
 
-// openPidfd opens the process if it is still the one that was written down. The descriptor pins it: whatever happens to
-// the number later, a signal reaches this process or nobody.
-func openPidfd(pid int, startTime uint64) (*os.File, error) {
-	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
-	if err != nil {
-		return nil, err
-	}
-	now, err := startTimeOf(pid)
-	if err == nil && startTime != 0 && now != startTime {
-		err = unix.ESRCH
-	}
-	if err != nil {
-		unix.Close(fd)
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), "pidfd"), nil
-}
-
 // newProcess watches a process in one goroutine that waits in the network poller, not in a thread.
-func newProcess(h Handle, pidfd *os.File, held held) *Process {
-	p := &Process{handle: h, pidfd: pidfd, commit: held.commit, log: held.log, done: make(chan struct{})}
+func newProcess(h Handle, process *os.File, held held) *Process {
+	p := &Process{handle: h, pidfd: process, commit: held.commit, log: held.log, done: make(chan struct{})}
 	go p.watch()
 	return p
 }
@@ -135,8 +109,8 @@ func (p *Process) watch() {
 	}
 	var end error
 	err = raw.Read(func(fd uintptr) bool {
-		over, status := reap(int(fd))
-		end = status
+		over, how := pidfd.Reap(int(fd))
+		end = fmt.Errorf("%w: guestd %s", errGone, how)
 		return over
 	})
 	if err != nil {
@@ -159,23 +133,3 @@ func (p *Process) watch() {
 }
 
 var errGone = errors.New("sandbox ended")
-
-// reap tells whether the process is over, and collects it if it is our child.
-func reap(pidfd int) (over bool, status error) {
-	var info siginfoChild
-	err := info.wait(pidfd)
-	switch {
-	case errors.Is(err, unix.ECHILD):
-		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-		n, err := unix.Poll(fds, 0)
-		return err == nil && n > 0, errGone
-	case err != nil:
-		return false, nil
-	case info.pid == 0:
-		return false, nil
-	case info.code == cldExited:
-		return true, fmt.Errorf("%w: guestd exited with status %d", errGone, info.status)
-	default:
-		return true, fmt.Errorf("%w: guestd was killed by signal %d (%s)", errGone, info.status, unix.SignalName(unix.Signal(info.status)))
-	}
-}

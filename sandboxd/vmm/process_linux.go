@@ -12,9 +12,9 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unsafe"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/internal/pidfd"
 	"github.com/sluice-edge/sluice/internal/tree"
 
 	"go.uber.org/zap"
@@ -103,18 +103,18 @@ func (l *Launcher) Start(ctx context.Context, s Spec) (*VM, error) {
 		return nil, fmt.Errorf("open the hypervisor's log: %w", err)
 	}
 	defer log.Close()
-	pid, pidfd, err := p.apply(api, log)
+	pid, process, err := p.apply(api, log)
 	if err != nil {
 		return nil, err
 	}
 	// It is our child and nobody has collected it, so the number still is its own.
-	start, err := startTimeOf(pid)
+	start, err := pidfd.StartTime(pid)
 	if err != nil {
-		_ = unix.PidfdSendSignal(int(pidfd.Fd()), unix.SIGKILL, nil, 0)
-		pidfd.Close()
+		_ = pidfd.Signal(process, unix.SIGKILL)
+		process.Close()
 		return nil, fmt.Errorf("read the hypervisor's start time: %w", err)
 	}
-	return l.newVM(s, Handle{PID: pid, StartTime: start}, pidfd), nil
+	return l.newVM(s, Handle{PID: pid, StartTime: start}, process), nil
 }
 
 // Adopt takes up a hypervisor that an earlier process started. An error means that it is gone; nothing is removed.
@@ -122,15 +122,15 @@ func (l *Launcher) Adopt(s Spec, h Handle) (*VM, error) {
 	if err := s.validateIdentity(); err != nil {
 		return nil, err
 	}
-	pidfd, err := openPidfd(h)
+	process, err := pidfd.Open(h.PID, h.StartTime)
 	if err == nil && !isHypervisor(s, h.PID) {
-		pidfd.Close()
+		process.Close()
 		err = unix.ESRCH
 	}
 	if err != nil {
 		return nil, &errs.Error{Code: errs.NotFound, Msg: "the VM is gone", Err: fmt.Errorf("adopt process %d: %w", h.PID, err)}
 	}
-	return l.newVM(s, h, pidfd), nil
+	return l.newVM(s, h, process), nil
 }
 
 // Destroy kills what is left of a VM, whoever started it, and removes what Start made in its directory. It is idempotent. Disk and
@@ -158,7 +158,7 @@ func (l *Launcher) KillUser(ctx context.Context, uid uint32) error {
 
 // killEach kills the processes that are meant, and returns when they are gone.
 func killEach(ctx context.Context, meant func(pid int) bool) error {
-	pids, err := allPids()
+	pids, err := pidfd.All()
 	if err != nil {
 		return fmt.Errorf("list processes: %w", err)
 	}
@@ -182,9 +182,9 @@ func (s Spec) Clean() error {
 	return errAll
 }
 
-func (l *Launcher) newVM(s Spec, h Handle, pidfd *os.File) *VM {
+func (l *Launcher) newVM(s Spec, h Handle, process *os.File) *VM {
 	vm := &VM{
-		API: NewClient(s.apiSocket(), l.o), spec: s, handle: h, pidfd: pidfd, keep: l.o.LogBytes,
+		API: NewClient(s.apiSocket(), l.o), spec: s, handle: h, pidfd: process, keep: l.o.LogBytes,
 		log: l.o.Log.Named("vmm").With(zap.String("sandbox", s.ID)), done: make(chan struct{}),
 	}
 	go vm.watch()
@@ -215,7 +215,7 @@ func (vm *VM) Kill(ctx context.Context) error {
 		return nil
 	default:
 	}
-	if err := vm.signal(unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, os.ErrClosed) {
+	if err := pidfd.Signal(vm.pidfd, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, os.ErrClosed) {
 		return fmt.Errorf("kill the hypervisor: %w", err)
 	}
 	select {
@@ -237,16 +237,6 @@ func (vm *VM) Release() error {
 	return vm.pidfd.Close()
 }
 
-func (vm *VM) signal(sig unix.Signal) error {
-	raw, err := vm.pidfd.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var sent error
-	err = raw.Control(func(fd uintptr) { sent = unix.PidfdSendSignal(int(fd), sig, nil, 0) })
-	return errors.Join(err, sent)
-}
-
 // watch waits for the end in the network poller, not in a thread.
 func (vm *VM) watch() {
 	raw, err := vm.pidfd.SyscallConn()
@@ -255,7 +245,7 @@ func (vm *VM) watch() {
 	}
 	var how string
 	err = raw.Read(func(fd uintptr) bool {
-		over, status := reap(int(fd))
+		over, status := pidfd.Reap(int(fd))
 		how = status
 		return over
 	})
@@ -280,32 +270,6 @@ func (vm *VM) endsSoon() bool {
 		return true
 	case <-t.C:
 		return false
-	}
-}
-
-// reap tells whether the process is over, and collects it if it is our child.
-func reap(pidfd int) (over bool, how string) {
-	var info unix.Siginfo
-	err := unix.Waitid(unix.P_PIDFD, pidfd, &info, unix.WEXITED|unix.WNOHANG, nil)
-	if errors.Is(err, unix.ECHILD) {
-		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-		n, err := unix.Poll(fds, 0)
-		return err == nil && n > 0, "ended"
-	}
-	if err != nil {
-		return false, ""
-	}
-	// struct { int signo, errno, code; [int pad]; int pid; uid_t uid; int status; ... } on all 64-bit machines.
-	fields := (*[7]int32)(unsafe.Pointer(&info))
-	code, pid, status := fields[2], fields[4], fields[6]
-	const exited = 1 // CLD_EXITED
-	switch {
-	case pid == 0:
-		return false, ""
-	case code == exited:
-		return true, fmt.Sprintf("exited with status %d", status)
-	default:
-		return true, fmt.Sprintf("was killed by signal %d (%s)", status, unix.SignalName(unix.Signal(status)))
 	}
 }
 
@@ -351,24 +315,6 @@ func readNames(r *os.Root) ([]string, error) {
 	return d.Readdirnames(-1)
 }
 
-// openPidfd opens the process if it is still the one that was written down. The descriptor pins it: whatever happens to the number
-// later, a signal reaches this process or nobody.
-func openPidfd(h Handle) (*os.File, error) {
-	fd, err := unix.PidfdOpen(h.PID, unix.PIDFD_NONBLOCK)
-	if err != nil {
-		return nil, err
-	}
-	now, err := startTimeOf(h.PID)
-	if err == nil && now != h.StartTime {
-		err = unix.ESRCH
-	}
-	if err != nil {
-		unix.Close(fd)
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), "pidfd"), nil
-}
-
 // isHypervisor tells whether the process is this VM's: it has its name and its user, and no stranger can have both.
 func isHypervisor(s Spec, pid int) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
@@ -408,61 +354,20 @@ func parseUID(status []byte) (uint32, bool) {
 	return uint32(uid), err == nil
 }
 
-func startTimeOf(pid int) (uint64, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	return parseStartTime(b)
-}
-
-// parseStartTime is field 22 of /proc/<pid>/stat. Field 2 is a name that the process chose, with spaces and parentheses if it likes.
-func parseStartTime(stat []byte) (uint64, error) {
-	i := bytes.LastIndexByte(stat, ')')
-	if i < 0 {
-		return 0, errors.New("process status has no name")
-	}
-	fields := strings.Fields(string(stat[i+1:]))
-	if len(fields) < 20 {
-		return 0, errors.New("process status is too short")
-	}
-	return strconv.ParseUint(fields[19], 10, 64)
-}
-
-func allPids() ([]int, error) {
-	d, err := os.Open("/proc")
-	if err != nil {
-		return nil, err
-	}
-	defer d.Close()
-	names, err := d.Readdirnames(-1)
-	if err != nil {
-		return nil, err
-	}
-	var pids []int
-	for _, n := range names {
-		if pid, err := strconv.Atoi(n); err == nil {
-			pids = append(pids, pid)
-		}
-	}
-	return pids, nil
-}
-
 // killAndWait kills the process if it still is the one that is meant once its number is pinned, and waits until it is gone.
 func killAndWait(ctx context.Context, meant func(pid int) bool, pid int) error {
-	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	f, err := pidfd.Open(pid, 0)
 	if errors.Is(err, unix.ESRCH) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	f := os.NewFile(uintptr(fd), "pidfd")
 	defer f.Close()
 	if !meant(pid) {
 		return nil
 	}
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+	if err := pidfd.Signal(f, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 		return err
 	}
 	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
@@ -472,10 +377,7 @@ func killAndWait(ctx context.Context, meant func(pid int) bool, pid int) error {
 		return err
 	}
 	// Whoever started it collects it: a VM of this process is watched by its own goroutine.
-	err = raw.Read(func(fd uintptr) bool {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
-		return err == nil && n > 0
-	})
+	err = raw.Read(func(fd uintptr) bool { return pidfd.Over(int(fd)) })
 	if err != nil && ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
