@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-edge/sluice/internal/lab"
@@ -403,13 +404,13 @@ func (n realNode) leftovers(t *testing.T, names []string) (left []string) {
 	for _, ns := range namespaces {
 		named("network namespace", ns.Name())
 	}
-	links, err4 := exec.Command("ip", "-o", "link").Output()
-	for line := range strings.Lines(string(links)) {
-		named("device", line)
+	links, err4 := net.Interfaces()
+	for _, l := range links {
+		named("device", l.Name)
 	}
-	tables, err5 := exec.Command("nft", "list", "ruleset").Output()
-	for line := range strings.Lines(string(tables)) {
-		named("nftables", line)
+	chains, err5 := new(nftables.Conn).ListChains()
+	for _, c := range chains {
+		named("nftables", c.Table.Name+" "+c.Name)
 	}
 	err6 := filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.IsDir() {

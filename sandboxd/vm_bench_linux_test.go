@@ -35,7 +35,7 @@ func benchmarkVMCreate(b *testing.B, together int) {
 	}
 	h := newVMHost(b)
 	root := filepath.Join(h.state, "baked")
-	h.writeTemplate(b, root)
+	writeTemplate(b, root)
 	manifest := image.Manifest{Version: 1, Name: "baked", Tag: "default", Build: "b", CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
 	must(h.machine(b).Bake(b.Context(), root, &manifest, func(string) {}))
 	text, err := json.Marshal(manifest)

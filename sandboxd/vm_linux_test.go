@@ -37,7 +37,7 @@ func TestVMMachine(t *testing.T) {
 		testMachine(t, withoutCards{m}, dir, h.template)
 		h.wantClean(t, m)
 	})
-	t.Run("Suspender", func(t *testing.T) { h.testSuspender(t, words{"next", "write", "read", "READY"}) })
+	t.Run("Suspender", func(t *testing.T) { h.testSuspender(t, fakeWords) })
 	t.Run("Warm", h.testWarm)
 	t.Run("Torn", h.testTorn)
 }
@@ -54,9 +54,7 @@ func TestVMMachineReal(t *testing.T) {
 		testMachine(t, m, h.dir(t, "isuite"), h.template)
 		h.wantClean(t, m)
 	})
-	t.Run("Suspender", func(t *testing.T) {
-		h.testSuspender(t, words{"count /run/count", "write /root/word", "cat /root/word", "msg=initialized"})
-	})
+	t.Run("Suspender", func(t *testing.T) { h.testSuspender(t, realWords) })
 	t.Run("Spoof", h.testSpoof)
 	t.Run("Hogs", h.testHogs)
 	t.Run("Siblings", h.testSiblings)
@@ -118,6 +116,11 @@ func (c cardless) DialPort(ctx context.Context, port uint16) (net.Conn, error) {
 // it. greeting is on its console after a boot.
 type words struct{ next, write, read, greeting string }
 
+var (
+	fakeWords = words{"next", "write", "read", "READY"}
+	realWords = words{"count /run/count", "write /root/word", "cat /root/word", "msg=initialized"}
+)
+
 // vmHost is where VM machines are tested: a template, not baked, and a store.
 type vmHost struct {
 	prefix     string // of the network's names, for a test beside others
@@ -143,12 +146,12 @@ func newVMHost(t testing.TB) *vmHost {
 	if h.store, err = image.OpenStore(filepath.Join(state, "templates")); err != nil {
 		t.Fatal(err)
 	}
-	h.writeTemplate(t, h.template)
+	writeTemplate(t, h.template)
 	return h
 }
 
 // writeTemplate makes what the fake boots from.
-func (h *vmHost) writeTemplate(t testing.TB, dir string) {
+func writeTemplate(t testing.TB, dir string) {
 	t.Helper()
 	err := errors.Join(
 		os.Mkdir(dir, 0o755),
@@ -408,7 +411,7 @@ func (h *vmHost) testWarm(t *testing.T) {
 	ctx := t.Context()
 	must := mustOf(t)
 	root := filepath.Join(h.state, "baked")
-	h.writeTemplate(t, root)
+	writeTemplate(t, root)
 	manifest := image.Manifest{
 		Version: 1, Name: "baked", Tag: "default", Build: "b", CPUs: 1, MemoryMiB: 192, DiskMiB: 64, StartCmd: "next", ReadyCmd: "write baked",
 		Config: image.Config{Env: []string{"IMAGE=yes", "A=image"}},

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -16,16 +17,34 @@ import (
 	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
+	"github.com/sluice-edge/sluice/internal/lab"
 	"github.com/sluice-edge/sluice/sandboxd/image"
 	"github.com/sluice-edge/sluice/sandboxd/netdev"
-	"github.com/sluice-edge/sluice/sandboxd/vmm/vmmtest"
 )
 
-// envVMCrash is an orchestrator with the VM machine that is killed at a step of something that it does, as in "pause:frozen".
-const envVMCrash = "SLUICE_TEST_VMCRASH"
+// An orchestrator with the VM machine that is killed.
+const (
+	envVMCrash      = "SLUICE_TEST_VMCRASH" // at a step of something that it does, as in "pause:frozen"
+	envVMHypervisor = "SLUICE_TEST_VMHYPERVISOR"
+	envVMTemplate   = "SLUICE_TEST_VMTEMPLATE"
+)
 
 // vmNode is a node with VMs, on a directory that outlives the processes of a test.
-type vmNode struct{ realNode }
+type vmNode struct {
+	realNode
+	hypervisor, template string
+	words                words
+	patience             time.Duration // factor of what is waited for
+}
+
+// newVMNode has its own fake hypervisor and template, or the real ones of a host that has them.
+func newVMNode(n realNode, hypervisor, template string) (vmNode, error) {
+	self, err := os.Executable()
+	if hypervisor == "" || hypervisor == self {
+		return vmNode{n, self, filepath.Join(n.dir, "state", "root"), fakeWords, 1}, err
+	}
+	return vmNode{n, hypervisor, template, realWords, 10}, err
+}
 
 func (n vmNode) manager() (*Manager, error) {
 	state := filepath.Join(n.dir, "state")
@@ -33,19 +52,15 @@ func (n vmNode) manager() (*Manager, error) {
 	if err != nil {
 		return nil, err
 	}
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
 	machine, err := NewVMMachine(context.Background(), VMOptions{
-		Hypervisor: self, Templates: store, StateDir: state, Network: netdev.Config{NamePrefix: n.prefix},
+		Hypervisor: n.hypervisor, Templates: store, StateDir: state, Network: netdev.Config{NamePrefix: n.prefix},
 	})
 	if err != nil {
 		return nil, err
 	}
 	return New(Options{
 		StateDir: state, Machine: machine, Publisher: fileCatalogue{filepath.Join(n.dir, "routes")},
-		Templates: []Template{{ID: "base", Root: filepath.Join(state, "root"), CPUs: 1, MemoryMiB: 128, DiskMiB: 64}},
+		Templates: []Template{{ID: "base", Root: n.template, CPUs: 1, MemoryMiB: 192, DiskMiB: 64}},
 	})
 }
 
@@ -70,7 +85,10 @@ var vmLife = []struct {
 
 // crashingVMNode lives through vmLife until it is killed.
 func crashingVMNode() error {
-	n := vmNode{realNode{dir: os.Getenv(envDir), prefix: os.Getenv(envPrefix)}}
+	n, err := newVMNode(realNode{dir: os.Getenv(envDir), prefix: os.Getenv(envPrefix)}, os.Getenv(envVMHypervisor), os.Getenv(envVMTemplate))
+	if err != nil {
+		return err
+	}
 	m, err := n.manager()
 	if err != nil {
 		return err
@@ -97,7 +115,7 @@ func crashingVMNode() error {
 	if err != nil {
 		return err
 	}
-	for _, line := range []string{"next", "next", "write word"} {
+	for _, line := range []string{n.words.next, n.words.next, n.words.write + " word"} {
 		if _, err := m.instanceOf(m.lives[sb.ID]).(*vmSandbox).tell(ctx, line); err != nil {
 			return err
 		}
@@ -117,7 +135,7 @@ func crashingVMNode() error {
 func (n vmNode) crash(t *testing.T, at string) {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), envVMCrash+"="+at, envDir+"="+n.dir, envPrefix+"="+n.prefix)
+	cmd.Env = append(os.Environ(), envVMCrash+"="+at, envDir+"="+n.dir, envPrefix+"="+n.prefix, envVMHypervisor+"="+n.hypervisor, envVMTemplate+"="+n.template)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	stdout, err := cmd.StdoutPipe()
@@ -252,7 +270,7 @@ func (n vmNode) liveOn(t *testing.T, m *Manager) fate {
 	}
 	id := ids[0]
 	sb, err := m.Get(id)
-	for deadline := time.Now().Add(20 * time.Second); errs.CodeOf(err) == errs.Unavailable || err == nil && sb.State == StatePausing; sb, err = m.Get(id) {
+	for deadline := time.Now().Add(n.patience * 20 * time.Second); errs.CodeOf(err) == errs.Unavailable || err == nil && sb.State == StatePausing; sb, err = m.Get(id) {
 		if time.Now().After(deadline) {
 			break
 		}
@@ -274,10 +292,12 @@ func (n vmNode) liveOn(t *testing.T, m *Manager) fate {
 	instance := m.lives[id].instance.(*vmSandbox)
 	m.mu.RUnlock()
 	want := map[bool]string{true: "1", false: "3"}[is == diskOnly]
-	if got, err := instance.tell(ctx, "next"); err != nil || got != want && !(got == "1" && is == running) {
+	got, err := instance.tell(ctx, n.words.next)
+	fresh := got == "1" && is == running // killed before it was told anything
+	if err != nil || got != want && !fresh {
 		t.Errorf("the guest counts %q, %v, want %s", got, err, want)
 	}
-	if _, err := instance.tell(ctx, "read"); err != nil {
+	if _, err := instance.tell(ctx, n.words.read); err != nil && !fresh {
 		t.Errorf("the guest's disk: %v", err)
 	}
 	if err := m.Kill(ctx, id); err != nil {
@@ -292,17 +312,43 @@ func TestVMKilledAtEveryStep(t *testing.T) {
 	if !inside(t) {
 		return
 	}
-	n := vmNode{newRealNode(t)}
-	root := filepath.Join(n.dir, "state", "root")
-	err := errors.Join(
-		os.Mkdir(root, 0o755),
-		vmmtest.WriteKernel(filepath.Join(root, vmKernelName), vmmtest.Faults{}),
-		os.WriteFile(filepath.Join(root, vmInitramfsName), nil, 0o644),
-		os.WriteFile(filepath.Join(root, vmRootName), make([]byte, 4096), 0o644),
-	)
+	n, err := newVMNode(newRealNode(t), "", "")
 	if err != nil {
 		t.Fatal(err)
 	}
+	writeTemplate(t, n.template)
+	n.testKilled(t, func(string, Step) bool { return true })
+}
+
+// TestVMKilledAtEveryStepReal is the same table with the real hypervisor and the real agent, where a create is a restore. All of it takes
+// half an hour in a nested host, so that there the steps at which a hypervisor is in another state than before are enough, unless steps are
+// asked for: -run 'TestVMKilledAtEveryStepReal$/.' has all.
+func TestVMKilledAtEveryStepReal(t *testing.T) {
+	agent, tool := vmPrograms(t)
+	if !lab.InKVM(t) {
+		return
+	}
+	h := newRealVMHost(t, agent, tool)
+	h.bake(t, h.template, h.manifest)
+	t.Setenv("TMPDIR", h.state) // memory and disks are too large for where temporary files are in a nested host
+	n, err := newVMNode(newRealNode(t), h.hypervisor, h.template)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := os.Getenv(lab.InsideVariable) == "" || strings.Contains(flag.Lookup("test.run").Value.String(), "/")
+	n.testKilled(t, func(op string, step Step) bool { return all || slices.Contains(hypervisorSteps[op], step) })
+}
+
+// hypervisorSteps are those after which a hypervisor is in another state.
+var hypervisorSteps = map[string][]Step{
+	"create":   {StepProcess, StepRestored, StepCommitted},
+	"pause":    {StepFrozen, StepSaved},
+	"resume":   {StepProcess, StepRestored, StepContinued},
+	"snapshot": {StepStanding, StepCopied},
+	"kill":     {StepStopped},
+}
+
+func (n vmNode) testKilled(t *testing.T, wanted func(op string, step Step) bool) {
 	for _, op := range vmLife {
 		for _, step := range op.steps {
 			if op.name == "resume" && step == StepInit {
@@ -311,6 +357,9 @@ func TestVMKilledAtEveryStep(t *testing.T) {
 			alone, all := fateAt(op.name, step)
 			at := op.name + ":" + string(step)
 			t.Run(at, func(t *testing.T) {
+				if !wanted(op.name, step) {
+					t.Skip("takes too long with an emulated processor: ask for it by -run 'TestVMKilledAtEveryStepReal$/.'")
+				}
 				n.crash(t, at)
 				if got := n.recover(t); got != alone {
 					t.Errorf("after a crash of the orchestrator it is %s, want %s", got, alone)

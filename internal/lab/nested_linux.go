@@ -495,8 +495,10 @@ func (n *Nested) Dial(ctx context.Context, addr string) (net.Conn, error) {
 func (n *Nested) RunTest(t *testing.T) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
+	within := 30 * time.Minute
 	if d, ok := t.Deadline(); ok {
 		ctx, cancel = context.WithDeadline(context.Background(), d.Add(-5*time.Second))
+		within = time.Until(d) - 15*time.Second // it says itself where it stood
 	}
 	defer cancel()
 	self, err := os.Executable()
@@ -511,7 +513,7 @@ func (n *Nested) RunTest(t *testing.T) {
 	if asked := strings.Split(flag.Lookup("test.run").Value.String(), "/"); len(asked) > len(names) {
 		names = append(names, asked[len(names):]...) // subtests of it, which exist only inside
 	}
-	args := []string{"/sluice/test", "-test.run", strings.Join(names, "/"), "-test.count=1", "-test.timeout", "30m"}
+	args := []string{"/sluice/test", "-test.run", strings.Join(names, "/"), "-test.count=1", "-test.timeout", within.String()}
 	if testing.Verbose() {
 		args = append(args, "-test.v")
 	}
