@@ -34,13 +34,14 @@ var table = []row{
 	{[]string{"loadtest"}, nil, "loadtest may import nothing of this module"},
 	{[]string{"routing", "routing/routingtest"}, []string{"routing"}, "routing imports nothing sideways"},
 	{[]string{"sandboxd/netdev", "sandboxd/egress"}, []string{"internal/netfilter"}, "sandboxd/netdev and sandboxd/egress import nothing sideways, and share the way to nftables"},
-	{[]string{"sandboxd/namespace"}, []string{"sandboxd/cgroup", "internal/tree"}, "sandboxd/namespace imports nothing sideways but cgroup, which both machines share, and internal/tree"},
-	{[]string{"auth", "certs", "link", "sandboxd/cgroup", "sandboxd/image"}, nil, "routing, auth, certs, link, sandboxd/* import nothing sideways"},
-	{[]string{"sandboxd/vmm", "sandboxd/vmm/vmmtest"}, []string{"sandboxd/vmm", "internal/tree"}, "sandboxd/vmm imports nothing sideways but internal/tree"},
+	{[]string{"sandboxd/namespace"}, []string{"sandboxd/cgroup", "internal/pidfd", "internal/tree"}, "sandboxd/namespace imports nothing sideways but cgroup, which both machines share, and the ways to processes and trees of files"},
+	{[]string{"sandboxd/cgroup"}, []string{"internal/pidfd"}, "sandboxd/cgroup imports nothing sideways but internal/pidfd"},
+	{[]string{"auth", "certs", "link", "sandboxd/image"}, nil, "routing, auth, certs, link, sandboxd/* import nothing sideways"},
+	{[]string{"sandboxd/vmm", "sandboxd/vmm/vmmtest"}, []string{"sandboxd/vmm", "internal/pidfd", "internal/tree"}, "sandboxd/vmm imports nothing sideways but the ways to processes and trees of files"},
 	{[]string{"api/..."}, nil, "generated code imports nothing of this module"},
 	{[]string{"guest/..."}, []string{"guest/gen/..."}, "generated code imports only its like"},
-	{[]string{"internal/errs", "internal/obs", "internal/run", "internal/config", "internal/testkit", "internal/arch", "internal/netfilter", "internal/tree"}, nil, "these parts of internal stand alone"},
-	{[]string{"internal/lab"}, []string{"internal/netfilter"}, "internal/lab knows nothing of Sluice"},
+	{[]string{"internal/errs", "internal/obs", "internal/run", "internal/config", "internal/testkit", "internal/arch", "internal/netfilter", "internal/pidfd", "internal/tree"}, nil, "these parts of internal stand alone"},
+	{[]string{"internal/lab"}, []string{"internal/netfilter", "internal/pidfd"}, "internal/lab knows nothing of Sluice"},
 }
 
 // ground is what every package may stand on.
