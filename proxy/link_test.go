@@ -31,12 +31,15 @@ func (p *backendPorts) Open(ctx context.Context, _ string, _ uint64, port uint16
 	return new(net.Dialer).DialContext(ctx, "tcp", addr)
 }
 
-// startNode puts a node's half of the link, over the network, in front of who listens on port 3000 of the sandbox isv, and
-// returns what changes an edge such that it goes there.
-func startNode(t testing.TB, addr string) func(*Options) {
+// linkKey is what the edges and nodes of these tests share.
+var linkKey = []byte("0123456789abcdef0123456789abcdef")
+
+// serveLink serves a node's half of the link until the test ends, over the network or within the process, and returns how an edge gets to it.
+func serveLink(t testing.TB, node *link.Server, direct bool) (dial link.DialFunc, addr string) {
 	t.Helper()
-	key := []byte("0123456789abcdef0123456789abcdef")
-	node := link.NewServer(&backendPorts{ports: map[uint16]string{3000: addr}}, link.ServerOptions{Key: key})
+	if direct {
+		return node.Direct(), "direct"
+	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -48,12 +51,21 @@ func startNode(t testing.TB, addr string) func(*Options) {
 		cancel()
 		jobs.Wait()
 	})
+	return (&link.Dialer{Key: linkKey}).Dial, ln.Addr().String()
+}
+
+// startNode puts a node's half of the link, over the network, in front of who listens on port 3000 of the sandbox isv, and
+// returns what changes an edge such that it goes there.
+func startNode(t testing.TB, addr string) func(*Options) {
+	t.Helper()
+	node := link.NewServer(&backendPorts{ports: map[uint16]string{3000: addr}}, link.ServerOptions{Key: linkKey})
+	dial, addr := serveLink(t, node, false)
 	return func(o *Options) {
 		o.Routes = fixedRoutes{target: &routing.Target{
 			Route: &routing.Route{Sandbox: "isv", Generation: 7, State: routing.Running},
-			Node:  &routing.Node{ID: "n", LinkAddr: ln.Addr().String()},
+			Node:  &routing.Node{ID: "n", LinkAddr: addr},
 		}}
-		o.Link = link.NewPool((&link.Dialer{Key: key}).Dial, link.PoolOptions{})
+		o.Link = link.NewPool(dial, link.PoolOptions{})
 	}
 }
 
@@ -133,25 +145,8 @@ func TestOverTheLink(t *testing.T) {
 				}
 			})
 			defer close(silent)
-			key := []byte("0123456789abcdef0123456789abcdef")
-			node := link.NewServer(&backendPorts{ports: map[uint16]string{3000: b.addr}}, link.ServerOptions{Key: key})
-			dial := node.Direct()
-			addr := "direct"
-			if !direct {
-				ln, err := net.Listen("tcp", "127.0.0.1:0")
-				if err != nil {
-					t.Fatal(err)
-				}
-				ctx, cancel := context.WithCancel(context.Background())
-				var jobs sync.WaitGroup
-				jobs.Go(func() { _ = node.Serve(ctx, ln) })
-				t.Cleanup(func() {
-					cancel()
-					jobs.Wait()
-				})
-				addr = ln.Addr().String()
-				dial = (&link.Dialer{Key: key}).Dial
-			}
+			node := link.NewServer(&backendPorts{ports: map[uint16]string{3000: b.addr}}, link.ServerOptions{Key: linkKey})
+			dial, addr := serveLink(t, node, direct)
 			target := &routing.Target{
 				Route: &routing.Route{Sandbox: "isv", Generation: 7, State: routing.Running},
 				Node:  &routing.Node{ID: "n", LinkAddr: addr},

@@ -757,28 +757,13 @@ func TestWakeOverTheLink(t *testing.T) {
 	const clients = 100
 	for _, direct := range []bool{false, true} {
 		t.Run(map[bool]string{false: "network", true: "direct"}[direct], func(t *testing.T) {
-			key := []byte("0123456789abcdef0123456789abcdef")
 			b := serveHTTP(t, func(w http.ResponseWriter, r *http.Request) {
 				body, _ := io.ReadAll(r.Body)
 				fmt.Fprintf(w, "%s %d", r.Method, len(body))
 			})
 			backend := &sleeper{backendPorts: backendPorts{ports: map[uint16]string{3000: b}}}
-			node := link.NewServer(backend, link.ServerOptions{Key: key, OpenTimeout: 20 * time.Second})
-			dial, addr := node.Direct(), "direct"
-			if !direct {
-				ln, err := net.Listen("tcp", "127.0.0.1:0")
-				if err != nil {
-					t.Fatal(err)
-				}
-				ctx, cancel := context.WithCancel(context.Background())
-				var jobs sync.WaitGroup
-				jobs.Go(func() { _ = node.Serve(ctx, ln) })
-				t.Cleanup(func() {
-					cancel()
-					jobs.Wait()
-				})
-				dial, addr = (&link.Dialer{Key: key}).Dial, ln.Addr().String()
-			}
+			node := link.NewServer(backend, link.ServerOptions{Key: linkKey, OpenTimeout: 20 * time.Second})
+			dial, addr := serveLink(t, node, direct)
 			e := startEdge(t, func(o *Options) { o.Link = link.NewPool(dial, link.PoolOptions{}) })
 			backend.store = e.store
 			backend.route = routing.Route{Sandbox: "isv", Node: "node1", Generation: 7, State: routing.Paused, AutoResume: true}

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/sluice-edge/sluice/guest"
 	"github.com/sluice-edge/sluice/internal/errs"
@@ -580,6 +581,7 @@ type fakeCatalogue struct {
 	leases int
 	writes int
 	down   error
+	late   time.Duration // how long the next announcement takes
 	note   func(format string, args ...any)
 }
 
@@ -655,6 +657,11 @@ func (c *fakeCatalogue) Published(context.Context) ([]Published, error) {
 }
 
 func (c *fakeCatalogue) Announce(_ context.Context, node Capacity) error {
+	c.mu.Lock()
+	late := c.late
+	c.late = 0
+	c.mu.Unlock()
+	time.Sleep(late)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.down != nil {

@@ -462,6 +462,30 @@ func TestLeaseBeforeReady(t *testing.T) {
 	})
 }
 
+// TestLateAnnouncementDoesNotOvertake: what was said of the node while it started arrived after what it said when it was ready, and for
+// seconds no other node placed a sandbox on it.
+func TestLateAnnouncementDoesNotOvertake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t).start(keep)
+		n.create(time.Hour)
+		if err := n.stop(); err != nil {
+			t.Fatal(err)
+		}
+		release := n.host.holdUp("adopt")
+		n.cat.late = publishTime / 2
+		n.make()
+		n.run()
+		synctest.Wait()
+		release()
+		<-n.m.Ready()
+		time.Sleep(publishTime)
+		synctest.Wait()
+		if _, said := n.cat.lease(); said.Draining {
+			t.Errorf("lease of a node that is ready: %+v", said)
+		}
+	})
+}
+
 func TestReconcileRemovesStrangers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNode(t)

@@ -192,10 +192,20 @@ func (m *Manager) keepLease(ctx context.Context) error {
 	}
 }
 
+// announce tells the catalogue what the node is now. Announcements follow one another: one that was held up must not arrive after a
+// newer one and have edges and other nodes believe, until the lease is renewed, that a node which is ready still starts.
 func (m *Manager) announce(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, publishTime)
 	defer cancel()
-	if err := m.publisher.Announce(ctx, m.Capacity()); err != nil {
+	var err error
+	select {
+	case m.leasing <- struct{}{}:
+		err = m.publisher.Announce(ctx, m.Capacity())
+		<-m.leasing
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	if err != nil {
 		m.stats.announceFailed.Inc()
 		m.log.Warn("lease not renewed", zap.Error(err))
 	}

@@ -85,6 +85,7 @@ type Manager struct {
 	endMoved  chan struct{} // capacity 1: some deadline changed
 	misrouted chan struct{} // capacity 1: the catalogue may disagree with the node
 	slotTaken chan struct{} // capacity 1: fewer slots may be ready than should
+	leasing   chan struct{} // capacity 1: holds an element while the lease is written
 
 	jobs sync.WaitGroup // whatever a method or a job started; added to under mu while not draining, or by a counted job
 
@@ -144,6 +145,7 @@ func New(opts Options) (*Manager, error) {
 		endMoved:  make(chan struct{}, 1),
 		misrouted: make(chan struct{}, 1),
 		slotTaken: make(chan struct{}, 1),
+		leasing:   make(chan struct{}, 1),
 		lives:     make(map[string]*life),
 	}
 	m.stats = newStats(opts.Metrics, m)
