@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-edge/sluice/internal/lab"
+	"github.com/sluice-edge/sluice/internal/pidfd"
 	"github.com/sluice-edge/sluice/sandboxd/namespace"
 	"github.com/sluice-edge/sluice/sandboxd/netdev"
 	"github.com/sluice-edge/sluice/sandboxd/vmm/vmmtest"
@@ -164,6 +165,18 @@ func (n realNode) manager() (*Manager, error) {
 	})
 }
 
+// runUntilReady has m run, and returns when it is ready. ended then says what comes of it.
+func runUntilReady(ctx context.Context, m *Manager) (ended <-chan error, err error) {
+	result := make(chan error, 1)
+	go func() { result <- m.Run(ctx) }()
+	select {
+	case <-m.Ready():
+		return result, nil
+	case err := <-result:
+		return nil, err
+	}
+}
+
 // crashingOrchestrator creates a sandbox and kills it, and is killed itself after the step that the environment names.
 func crashingOrchestrator() error {
 	m, err := realNode{os.Getenv(envDir), os.Getenv(envPrefix), os.Getenv(envRoot) == "true"}.manager()
@@ -179,11 +192,8 @@ func crashingOrchestrator() error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(ctx) }()
-	select {
-	case <-m.Ready():
-	case err := <-ended:
+	ended, err := runUntilReady(ctx, m)
+	if err != nil {
 		return err
 	}
 	fmt.Println("ready")
@@ -240,8 +250,19 @@ func newRealNode(t *testing.T) realNode {
 // crash runs an orchestrator until it is killed, at a step or, with step "never", after a while.
 func (n realNode) crash(t *testing.T, step Step, after time.Duration) {
 	t.Helper()
+	n.untilKilled(t, func(orchestrator *os.Process) {
+		if step == "never" {
+			time.Sleep(after)
+			_ = orchestrator.Kill()
+		}
+	}, envCrash+"="+string(step), fmt.Sprintf("%s=%v", envRoot, n.rootless))
+}
+
+// untilKilled runs an orchestrator that is told by env how it ends, and waits until it is killed.
+func (n realNode) untilKilled(t *testing.T, ready func(orchestrator *os.Process), env ...string) {
+	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), envCrash+"="+string(step), envDir+"="+n.dir, envPrefix+"="+n.prefix, fmt.Sprintf("%s=%v", envRoot, n.rootless))
+	cmd.Env = slices.Concat(os.Environ(), []string{envDir + "=" + n.dir, envPrefix + "=" + n.prefix}, env)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	stdout, err := cmd.StdoutPipe()
@@ -251,17 +272,13 @@ func (n realNode) crash(t *testing.T, step Step, after time.Duration) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || line != "ready\n" {
-		cmd.Wait()
-		t.Fatalf("orchestrator said %q, %v; %s", line, err, &stderr)
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	if err == nil {
+		ready(cmd.Process)
 	}
-	if step == "never" {
-		time.Sleep(after)
-		cmd.Process.Kill()
-	}
-	err = cmd.Wait()
-	if !cmd.ProcessState.Sys().(syscall.WaitStatus).Signaled() {
-		t.Fatalf("orchestrator ended with %v before it was killed; %s", err, &stderr)
+	end := cmd.Wait()
+	if err != nil || line != "ready\n" || !cmd.ProcessState.Sys().(syscall.WaitStatus).Signaled() {
+		t.Fatalf("orchestrator said %q, %v, and ended with %v before it was killed; %s", line, err, end, &stderr)
 	}
 }
 
@@ -275,11 +292,8 @@ func (n realNode) recover(t *testing.T) int {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(ctx) }()
-	select {
-	case <-m.Ready():
-	case err := <-ended:
+	ended, err := runUntilReady(ctx, m)
+	if err != nil {
 		t.Fatalf("Run() = %v", err)
 	}
 	alive := slices.DeleteFunc(m.List(), func(sb Sandbox) bool { return diedWithItsMaker(m, sb) })
@@ -332,17 +346,15 @@ func (n realNode) awaitWatchdog(t *testing.T) {
 		if err := errors.Join(err, json.Unmarshal(rec.Handle, &handle)); err != nil {
 			t.Fatal(err)
 		}
-		fd, err := unix.PidfdOpen(handle.PID, 0)
+		process, err := pidfd.Open(handle.PID, handle.StartTime)
 		if errors.Is(err, unix.ESRCH) {
 			continue
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		for err = unix.EINTR; errors.Is(err, unix.EINTR); {
-			_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
-		}
-		unix.Close(fd)
+		err = pidfd.Wait(t.Context(), process)
+		process.Close()
 		if err != nil {
 			t.Fatal(err)
 		}

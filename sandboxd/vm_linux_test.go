@@ -219,6 +219,15 @@ func (h *vmHost) dir(t testing.TB, id string) string {
 	return dir
 }
 
+// finish removes the last sandbox of a machine and closes it. Nothing of either may be left.
+func (h *vmHost) finish(t *testing.T, m *VMMachine, p Place) {
+	t.Helper()
+	must := mustOf(t)
+	must("destroy", m.Destroy(t.Context(), p, func(Step) {}))
+	must("close", m.Close(t.Context()))
+	h.wantClean(t, m)
+}
+
 // wantClean looks for what a machine that was closed may have left.
 func (h *vmHost) wantClean(t *testing.T, m *VMMachine) {
 	t.Helper()
@@ -371,9 +380,7 @@ func (h *vmHost) testSuspender(t *testing.T, w words) {
 		}
 		must("destroy", m.Destroy(ctx, *p, reached))
 	}
-	must("destroy", m.Destroy(ctx, place, reached))
-	must("close", m.Close(ctx))
-	h.wantClean(t, m)
+	h.finish(t, m, place)
 }
 
 func mustOf(t *testing.T) func(what string, err error) {
@@ -507,7 +514,5 @@ func (h *vmHost) testTorn(t *testing.T) {
 	if got := ask(t, resumed, "read"); got != "kept" || resumed.Memory() {
 		t.Errorf("disk = %q, memory %v, want kept and none", got, resumed.Memory())
 	}
-	must("destroy", m.Destroy(ctx, place, ignore))
-	must("close", m.Close(ctx))
-	h.wantClean(t, m)
+	h.finish(t, m, place)
 }

@@ -1,14 +1,11 @@
 package sandboxd
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -102,11 +99,8 @@ func crashingVMNode() error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(ctx) }()
-	select {
-	case <-m.Ready():
-	case err := <-ended:
+	ended, err := runUntilReady(ctx, m)
+	if err != nil {
 		return err
 	}
 	fmt.Println("ready")
@@ -134,22 +128,7 @@ func crashingVMNode() error {
 // crash runs an orchestrator until it is killed at a step.
 func (n vmNode) crash(t *testing.T, at string) {
 	t.Helper()
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), envVMCrash+"="+at, envDir+"="+n.dir, envPrefix+"="+n.prefix, envVMHypervisor+"="+n.hypervisor, envVMTemplate+"="+n.template)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	line, err := bufio.NewReader(stdout).ReadString('\n')
-	wait := cmd.Wait()
-	if err != nil || line != "ready\n" || !cmd.ProcessState.Sys().(syscall.WaitStatus).Signaled() {
-		t.Fatalf("orchestrator said %q, %v, and ended with %v before it was killed; %s", line, err, wait, &stderr)
-	}
+	n.untilKilled(t, func(*os.Process) {}, envVMCrash+"="+at, envVMHypervisor+"="+n.hypervisor, envVMTemplate+"="+n.template)
 }
 
 // killHypervisors ends every hypervisor of the node: the host lost power, and its disk is what is left.
@@ -225,11 +204,8 @@ func (n vmNode) recover(t *testing.T) fate {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	ended := make(chan error, 1)
-	go func() { ended <- m.Run(ctx) }()
-	select {
-	case <-m.Ready():
-	case err := <-ended:
+	ended, err := runUntilReady(ctx, m)
+	if err != nil {
 		t.Fatalf("Run() = %v", err)
 	}
 	settle(m)

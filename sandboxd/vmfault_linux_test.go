@@ -91,9 +91,7 @@ func (h *vmHost) testThawedLate(t *testing.T) {
 	if got := ask(t, instance, "next"); got != "2" {
 		t.Errorf("it counts %s, want 2", got)
 	}
-	must("destroy", m.Destroy(t.Context(), p, func(Step) {}))
-	must("close", m.Close(t.Context()))
-	h.wantClean(t, m)
+	h.finish(t, m, p)
 }
 
 // testCancelled: a kill in a pause waited until the VM that it was about to end had been let go on, and its guest had been told the time.
@@ -115,9 +113,7 @@ func (h *vmHost) testCancelled(t *testing.T) {
 	if info, err := instance.(*vmSandbox).vm.API.Info(t.Context()); err != nil || info.State != vmm.StatePaused {
 		t.Errorf("the VM is %q, %v, want it as it was when its caller gave up", info.State, err)
 	}
-	must("destroy", m.Destroy(t.Context(), p, func(Step) {}))
-	must("close", m.Close(t.Context()))
-	h.wantClean(t, m)
+	h.finish(t, m, p)
 }
 
 // testMuteHypervisor: the saved memory was removed before the hypervisor had been looked at. One that had died, or did not answer, cost the
@@ -157,9 +153,7 @@ func (h *vmHost) testMuteHypervisor(t *testing.T) {
 	if got := ask(t, resumed, "next"); got != "2" {
 		t.Errorf("it counts %s, want 2", got)
 	}
-	must("destroy", m.Destroy(t.Context(), p, func(Step) {}))
-	must("close", m.Close(t.Context()))
-	h.wantClean(t, m)
+	h.finish(t, m, p)
 }
 
 // testAnotherName: a hypervisor that was taken over called itself something else. After a restart of the node nothing but its cgroup told whose

@@ -1,6 +1,7 @@
 package pidfd
 
 import (
+	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -22,22 +23,21 @@ func start(t *testing.T, script string) int {
 	return cmd.Process.Pid
 }
 
-// end waits until the process is over.
+// end waits until the process is over, and collects it.
 func end(t *testing.T, f *os.File) (how string) {
 	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := Wait(ctx, f); err != nil {
+		t.Fatal(err)
+	}
 	raw, err := f.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := f.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
-		t.Fatal(err)
-	}
-	err = raw.Read(func(fd uintptr) (over bool) {
-		over, how = Reap(int(fd))
-		return over
-	})
-	if err != nil {
-		t.Fatal(err)
+	over := false
+	if err := raw.Control(func(fd uintptr) { over, how = Reap(int(fd)) }); err != nil || !over {
+		t.Fatalf("a process that was waited for is over: %v, %v", over, err)
 	}
 	return how
 }
@@ -95,6 +95,26 @@ func TestLife(t *testing.T) {
 		}
 		f.Close()
 	}
+}
+
+func TestWaitGivesUp(t *testing.T) {
+	pid := start(t, "exec sleep 1000")
+	f, err := Open(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if err := Wait(ctx, f); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Wait for a process that lives on = %v", err)
+	}
+	f.Close()
+	KillIf(pid, func() bool { return true })
+	if f, err = Open(pid, 0); err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	end(t, f)
 }
 
 func FuzzParseStartTime(f *testing.F) {

@@ -370,16 +370,5 @@ func killAndWait(ctx context.Context, meant func(pid int) bool, pid int) error {
 	if err := pidfd.Signal(f, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 		return err
 	}
-	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	// Whoever started it collects it: a VM of this process is watched by its own goroutine.
-	err = raw.Read(func(fd uintptr) bool { return pidfd.Over(int(fd)) })
-	if err != nil && ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return err
+	return pidfd.Wait(ctx, f)
 }
