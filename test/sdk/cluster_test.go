@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -69,8 +70,9 @@ type cluster struct {
 	programs    string // directory of orchestrator, edge, sluice and guestd
 	redisServer string
 	machine     string
-	dir         string // of all that it keeps
-	slower      int    // how much more time everything gets
+	dir         string              // of all that it keeps
+	slower      int                 // how much more time everything gets
+	flags       map[string][]string // more of them for a node
 
 	redis *lab.Cmd
 }
@@ -91,7 +93,7 @@ func (c *cluster) start(t *testing.T) (key string) {
 	common := []string{"-redis", "redis://" + clusterRedis, "-cluster-key-file", keyFile, "-domain", domain}
 	for i, node := range clusterNodes {
 		addr := fmt.Sprintf("127.0.1.%d", i+1)
-		c.lab.Host.Daemon(t, nil, filepath.Join(c.programs, "orchestrator"), append([]string{
+		c.lab.Host.Daemon(t, nil, filepath.Join(c.programs, "orchestrator"), slices.Concat([]string{
 			"-node-id", node,
 			"-machine", c.machine,
 			"-state-dir", c.stateDir(node),
@@ -101,7 +103,7 @@ func (c *cluster) start(t *testing.T) (key string) {
 			"-network-name", fmt.Sprintf("%s%d", c.lab.Prefix()[:7], i+1),
 			"-slot-prefix", fmt.Sprintf("10.%d.0.0/16", 41+i),
 			"-slot-prefix6", fmt.Sprintf("fd51:%d::/64", i+1),
-		}, common...)...)
+		}, common, c.flags[node])...)
 	}
 	for _, addr := range clusterEdges { // one after the other: the second finds the CA that the first made
 		c.lab.Host.Daemon(t, nil, filepath.Join(c.programs, "edge"), append([]string{
