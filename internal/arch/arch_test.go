@@ -29,7 +29,7 @@ var table = []row{
 	{[]string{"cmd/...", "internal/devstack", "internal/daemon"}, []string{"*"}, "cmd/*, internal/devstack and internal/daemon may import everything but cmd/*"},
 	{[]string{"proxy"}, []string{"routing", "auth", "link"}, "proxy may import routing, auth, link"},
 	{[]string{"api"}, []string{"api/...", "sandboxd", "auth", "routing"}, "api may import sandboxd, auth, routing (records only)"},
-	{[]string{"sandboxd"}, []string{"sandboxd/...", "guest", "link", "internal/tree"}, "sandboxd may import its own subpackages, guest, link, internal/tree"},
+	{[]string{"sandboxd"}, []string{"sandboxd/...", "guest", "link", "internal/pidfd", "internal/tree"}, "sandboxd may import its own subpackages, guest, link, and the ways to processes and trees of files"},
 	{[]string{"guest"}, []string{"guest/..."}, "guest may import nothing of this module but its own generated code"},
 	{[]string{"loadtest"}, nil, "loadtest may import nothing of this module"},
 	{[]string{"routing", "routing/routingtest"}, []string{"routing"}, "routing imports nothing sideways"},
