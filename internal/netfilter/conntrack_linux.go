@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -33,28 +34,85 @@ const (
 // forgetAtOnce is how many flows one datagram names.
 const forgetAtOnce = 1000
 
-// ForgetFlows makes the kernel forget the tracked flows that source began. Of IPv4 it tells us of no others; of IPv6 it tells us
-// of all, and we keep none of them, so that the hundreds of thousands that others may have cost time but no memory.
-func ForgetFlows(source netip.Addr) error {
-	request, err := listing(source)
+// Flows are the flows that the kernel tracks in one network namespace. Its table has a quarter of a million buckets, and a look through them
+// takes ten milliseconds of a processor even when they are empty; so callers that come while there is a look share the next one. The zero value
+// is ready.
+type Flows struct {
+	looking sync.Mutex // held during a look, kernel calls and all
+
+	mu   sync.Mutex // guards the field below and the sources of what it points to; never held across a kernel call
+	next *look      // the one that has not begun; nil when nobody waits for it
+}
+
+// look goes through the table once, for all who asked before it began.
+type look struct {
+	sources []netip.Addr
+	done    chan struct{} // closed by whom it belongs to, once err is set
+	err     error
+}
+
+// Forget makes the kernel forget the flows that sources began. The caller is in the network namespace, on a locked thread.
+func (f *Flows) Forget(sources ...netip.Addr) error {
+	f.mu.Lock()
+	l, joined := f.next, f.next != nil
+	if !joined {
+		l = &look{done: make(chan struct{})}
+		f.next = l
+	}
+	l.sources = append(l.sources, sources...)
+	f.mu.Unlock()
+	if joined {
+		<-l.done
+		return l.err
+	}
+
+	f.looking.Lock()
+	defer f.looking.Unlock()
+	f.mu.Lock()
+	f.next = nil
+	f.mu.Unlock()
+	l.err = forget(l.sources)
+	close(l.done)
+	return l.err
+}
+
+// forget is one look for each family that is among sources.
+func forget(sources []netip.Addr) error {
+	var v4, v6 []netip.Addr
+	for _, source := range sources {
+		if source.Is4() {
+			v4 = append(v4, source)
+		} else {
+			v6 = append(v6, source)
+		}
+	}
+	return errors.Join(forgetFamily(v4), forgetFamily(v6))
+}
+
+// forgetFamily is told of the flows of others too, and keeps none of them: the hundreds of thousands that they may have cost time but no memory.
+func forgetFamily(sources []netip.Addr) error {
+	if len(sources) == 0 {
+		return nil
+	}
+	request, err := listing(sources)
 	if err != nil {
 		return err
 	}
-	var forget []netlink.Message
+	var requests []netlink.Message
 	err = exchange([]netlink.Message{request}, func(flow netlink.Message) error {
-		m, err := forgetting(flow, source)
+		m, err := forgetting(flow, sources)
 		if m != nil {
-			forget = append(forget, *m)
+			requests = append(requests, *m)
 		}
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("list tracked flows of %s: %w", source, err)
+		return fmt.Errorf("list tracked flows of %s: %w", sources, err)
 	}
 	nothing := func(netlink.Message) error { return nil }
-	for some := range slices.Chunk(forget, forgetAtOnce) {
+	for some := range slices.Chunk(requests, forgetAtOnce) {
 		if err := exchange(some, nothing); err != nil && !errors.Is(err, unix.ENOENT) { // ENOENT: it went by itself
-			return fmt.Errorf("delete tracked flows of %s: %w", source, err)
+			return fmt.Errorf("delete tracked flows of %s: %w", sources, err)
 		}
 	}
 	return nil
@@ -78,11 +136,12 @@ func exchange(messages []netlink.Message, each func(flow netlink.Message) error)
 	return cmp.Or(err, refused)
 }
 
-// listing asks for the flows that source began; of IPv6 for all, because kernels (6.18 among them) take the source in such a
-// filter for the one that is not wanted.
-func listing(source netip.Addr) (netlink.Message, error) {
+// listing asks for the flows of a family; of IPv4, when there is one source, for no others. Kernels (6.18 among them) take an IPv6 source in
+// such a filter for the one that is not wanted.
+func listing(sources []netip.Addr) (netlink.Message, error) {
 	attrs := netlink.NewAttributeEncoder()
-	if source.Is4() {
+	source := sources[0]
+	if source.Is4() && len(sources) == 1 {
 		attrs.Nested(attrTupleOrig, func(tuple *netlink.AttributeEncoder) error {
 			tuple.Nested(attrTupleIP, func(ip *netlink.AttributeEncoder) error {
 				ip.Bytes(attrIPv4Source, source.AsSlice())
@@ -99,9 +158,10 @@ func listing(source netip.Addr) (netlink.Message, error) {
 	return message(msgGetFlow, netlink.Request|netlink.Dump, source, attrs)
 }
 
-// forgetting is the request to forget a flow, or nil when the flow is not of source: a kernel may know no filter, and tell of all.
-func forgetting(flow netlink.Message, source netip.Addr) (*netlink.Message, error) {
-	attrs, err := attributes(flow.Data[min(len(flow.Data), len(header(source))):])
+// forgetting is the request to forget a flow, or nil when the flow is of none of the sources.
+func forgetting(flow netlink.Message, sources []netip.Addr) (*netlink.Message, error) {
+	family := sources[0]
+	attrs, err := attributes(flow.Data[min(len(flow.Data), len(header(family))):])
 	if err != nil {
 		return nil, err
 	}
@@ -110,8 +170,11 @@ func forgetting(flow netlink.Message, source netip.Addr) (*netlink.Message, erro
 		return nil, err
 	}
 	addrs, err := attributes(tuple[attrTupleIP])
-	if err != nil || !slices.Equal(addrs[sourceAttr(source)], source.AsSlice()) {
+	if err != nil {
 		return nil, err
+	}
+	if source, ok := netip.AddrFromSlice(addrs[sourceAttr(family)]); !ok || !slices.Contains(sources, source) {
+		return nil, nil
 	}
 	again := netlink.NewAttributeEncoder()
 	again.Bytes(unix.NLA_F_NESTED|attrTupleOrig, attrs[attrTupleOrig])
@@ -120,7 +183,7 @@ func forgetting(flow netlink.Message, source netip.Addr) (*netlink.Message, erro
 			again.Bytes(attr, value)
 		}
 	}
-	m, err := message(msgDeleteFlow, netlink.Request, source, again)
+	m, err := message(msgDeleteFlow, netlink.Request, family, again)
 	return &m, err
 }
 
@@ -137,23 +200,23 @@ func attributes(b []byte) (map[uint16][]byte, error) {
 	return all, decoder.Err()
 }
 
-func sourceAttr(source netip.Addr) uint16 {
-	if source.Is4() {
+func sourceAttr(family netip.Addr) uint16 {
+	if family.Is4() {
 		return attrIPv4Source
 	}
 	return attrIPv6Source
 }
 
-// header is the nfgenmsg that begins every message: family, version and a resource of none.
-func header(source netip.Addr) []byte {
-	if source.Is4() {
+// header is the nfgenmsg that begins every message: family (that of an address), version and a resource of none.
+func header(family netip.Addr) []byte {
+	if family.Is4() {
 		return []byte{unix.AF_INET, unix.NFNETLINK_V0, 0, 0}
 	}
 	return []byte{unix.AF_INET6, unix.NFNETLINK_V0, 0, 0}
 }
 
-func message(kind netlink.HeaderType, flags netlink.HeaderFlags, source netip.Addr, attrs *netlink.AttributeEncoder) (netlink.Message, error) {
+func message(kind netlink.HeaderType, flags netlink.HeaderFlags, family netip.Addr, attrs *netlink.AttributeEncoder) (netlink.Message, error) {
 	body, err := attrs.Encode()
-	data := append(header(source), body...)
+	data := append(header(family), body...)
 	return netlink.Message{Header: netlink.Header{Length: uint32(unix.NLMSG_HDRLEN + len(data)), Type: kind, Flags: flags}, Data: data}, err
 }

@@ -28,6 +28,8 @@ type Network struct {
 	home int  // the namespace that New was called in: where the node lives and slots get their way out
 	ipv6 bool // the kernel has it
 
+	flows netfilter.Flows // of home
+
 	mu    sync.Mutex // guards the fields below; never held across a kernel call
 	slots map[int]*Slot
 	raSet []string // accept_ra files that Setup changed from 1 to 2
@@ -486,8 +488,9 @@ func (n *Network) Release(_ context.Context, index int) error {
 	}
 	err = errors.Join(
 		n.unplug(p),
+		// The host forgets the flows too, so that late answers to them find nobody: the next tenant of the slot has the same addresses.
 		inNetNS(n.home, func() error {
-			return errors.Join(n.removeFromTable(p), removeLink(p.hostDev), n.forgetFlows(p))
+			return errors.Join(n.removeFromTable(p), removeLink(p.hostDev), n.flows.Forget(n.addrs(p.guest, p.guest6)...))
 		}),
 		removeNetNS(p.netns),
 	)
@@ -514,16 +517,6 @@ func removeLink(name string) error {
 		return fmt.Errorf("delete device %s: %w", name, err)
 	}
 	return nil
-}
-
-// forgetFlows makes the host forget the flows of a slot that is gone, so that late answers to them find nobody: the next tenant of
-// the slot has the same addresses.
-func (n *Network) forgetFlows(p plan) error {
-	var failed []error
-	for _, addr := range n.addrs(p.guest, p.guest6) {
-		failed = append(failed, netfilter.ForgetFlows(addr))
-	}
-	return errors.Join(failed...)
 }
 
 // removeNetNS unmounts until nothing is mounted, because a crash between two attempts can leave one over another.
