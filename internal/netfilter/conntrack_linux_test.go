@@ -6,7 +6,7 @@ import (
 	"sync"
 	"testing"
 
-	"golang.org/x/sys/unix"
+	"github.com/sluice-edge/sluice/internal/testkit"
 )
 
 // BenchmarkForget tells what a processor has to do for each caller, alone and in a storm.
@@ -17,7 +17,7 @@ func BenchmarkForget(b *testing.B) {
 				b.Skip("the kernel tells only root of its flows")
 			}
 			flows := &Flows{}
-			began := processorTime(b)
+			began := testkit.ProcessorTime(b)
 			for range b.N {
 				var callers sync.WaitGroup
 				for i := range together { // addresses of documentation, which no flow has
@@ -29,17 +29,7 @@ func BenchmarkForget(b *testing.B) {
 				}
 				callers.Wait()
 			}
-			b.ReportMetric(float64(processorTime(b)-began)/float64(b.N*together)/1000, "cpu-ms/caller")
+			b.ReportMetric(float64(testkit.ProcessorTime(b)-began)/float64(b.N*together)/1e6, "cpu-ms/caller")
 		})
 	}
-}
-
-// processorTime is what this process has used, in microseconds.
-func processorTime(b *testing.B) (us int64) {
-	b.Helper()
-	var used unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &used); err != nil {
-		b.Fatal(err)
-	}
-	return (used.Utime.Nano() + used.Stime.Nano()) / 1000
 }
