@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -16,20 +17,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Open opens the process that started at a time of StartTime, or any of that number if it is zero. ESRCH means that it is gone. The
-// descriptor pins it, and waits in the poller.
+// Open opens the process that started at a time of StartTime, or any of that number if it is zero. ESRCH means that it is gone, or about to
+// be: it has been collected. The descriptor pins it, and waits in the poller.
 func Open(pid int, startTime uint64) (*os.File, error) {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
-	if err != nil {
-		return nil, err
-	}
-	now, err := StartTime(pid)
-	if err == nil && startTime != 0 && now != startTime {
+	if errors.Is(err, unix.EINVAL) { // the number is that of a thread, be it of this very process as it ends
 		err = unix.ESRCH
 	}
 	if err != nil {
-		unix.Close(fd)
 		return nil, err
+	}
+	if startTime != 0 {
+		now, err := StartTime(pid)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && now != startTime {
+			err = unix.ESRCH
+		}
+		if err != nil {
+			unix.Close(fd)
+			return nil, err
+		}
 	}
 	return os.NewFile(uintptr(fd), "pidfd"), nil
 }

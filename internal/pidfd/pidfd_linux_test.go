@@ -97,6 +97,34 @@ func TestLife(t *testing.T) {
 	}
 }
 
+// TestOpenOfTheDying: a process that was collected between two looks at it was an error that said neither that it is gone nor that it is there.
+func TestOpenOfTheDying(t *testing.T) {
+	for range 300 {
+		cmd := exec.Command("true")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		began, err := StartTime(cmd.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		collected := make(chan error, 1)
+		go func() { collected <- cmd.Wait() }()
+		for err = nil; err == nil; {
+			var f *os.File
+			if f, err = Open(cmd.Process.Pid, began); err == nil {
+				f.Close()
+			}
+		}
+		if !errors.Is(err, unix.ESRCH) {
+			t.Fatalf("Open of a process that is being collected = %v", err)
+		}
+		if err := <-collected; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestWaitGivesUp(t *testing.T) {
 	pid := start(t, "exec sleep 1000")
 	f, err := Open(pid, 0)

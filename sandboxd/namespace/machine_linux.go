@@ -497,7 +497,7 @@ func (m *Machine) Adopt(ctx context.Context, spec Spec, h Handle) (*Process, err
 		return nil, err
 	}
 	process, err := pidfd.Open(h.PID, h.StartTime)
-	if errors.Is(err, unix.ESRCH) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) {
+	if errors.Is(err, unix.ESRCH) {
 		return nil, &errs.Error{Code: errs.NotFound, Msg: "the sandbox is gone", Err: err}
 	}
 	if err != nil {
