@@ -158,28 +158,19 @@ func listing(sources []netip.Addr) (netlink.Message, error) {
 	return message(msgGetFlow, netlink.Request|netlink.Dump, source, attrs)
 }
 
-// forgetting is the request to forget a flow, or nil when the flow is of none of the sources.
+// forgetting is the request to forget a flow, or nil when the flow is of none of the sources. Most are of none: those cost no memory.
 func forgetting(flow netlink.Message, sources []netip.Addr) (*netlink.Message, error) {
 	family := sources[0]
-	attrs, err := attributes(flow.Data[min(len(flow.Data), len(header(family))):])
-	if err != nil {
-		return nil, err
-	}
-	tuple, err := attributes(attrs[attrTupleOrig])
-	if err != nil {
-		return nil, err
-	}
-	addrs, err := attributes(tuple[attrTupleIP])
-	if err != nil {
-		return nil, err
-	}
-	if source, ok := netip.AddrFromSlice(addrs[sourceAttr(family)]); !ok || !slices.Contains(sources, source) {
+	attrs := flow.Data[min(len(flow.Data), len(header(family))):]
+	addrs := attribute(attribute(attrs, attrTupleOrig), attrTupleIP)
+	source, ok := netip.AddrFromSlice(attribute(addrs, sourceAttr(family)))
+	if !ok || !slices.Contains(sources, source) {
 		return nil, nil
 	}
 	again := netlink.NewAttributeEncoder()
-	again.Bytes(unix.NLA_F_NESTED|attrTupleOrig, attrs[attrTupleOrig])
+	again.Bytes(unix.NLA_F_NESTED|attrTupleOrig, attribute(attrs, attrTupleOrig))
 	for _, attr := range []uint16{attrID, attrZone} { // this flow and no later one; a flow need not be in a zone
-		if value, ok := attrs[attr]; ok {
+		if value := attribute(attrs, attr); value != nil {
 			again.Bytes(attr, value)
 		}
 	}
@@ -187,17 +178,20 @@ func forgetting(flow netlink.Message, sources []netip.Addr) (*netlink.Message, e
 	return &m, err
 }
 
-// attributes is a list of netlink attributes by type.
-func attributes(b []byte) (map[uint16][]byte, error) {
-	decoder, err := netlink.NewAttributeDecoder(b)
-	if err != nil {
-		return nil, err
+// attribute is the value of the first attribute of a type in a list of them (struct nlattr: length, type, value, padding to 4 bytes); nil
+// when there is none.
+func attribute(list []byte, typ uint16) []byte {
+	for len(list) >= unix.NLA_HDRLEN {
+		length := int(binary.NativeEndian.Uint16(list))
+		if length < unix.NLA_HDRLEN || length > len(list) {
+			return nil
+		}
+		if binary.NativeEndian.Uint16(list[2:])&^(unix.NLA_F_NESTED|unix.NLA_F_NET_BYTEORDER) == typ {
+			return list[unix.NLA_HDRLEN:length]
+		}
+		list = list[min(len(list), (length+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1)):]
 	}
-	all := map[uint16][]byte{}
-	for decoder.Next() {
-		all[decoder.Type()] = decoder.Bytes()
-	}
-	return all, decoder.Err()
+	return nil
 }
 
 func sourceAttr(family netip.Addr) uint16 {
