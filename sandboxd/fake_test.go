@@ -441,7 +441,10 @@ func (p *fakeProc) Continue(ctx context.Context, r guest.ResumeRequest) error {
 	p.frozen = false
 	p.went = append(p.went, r)
 	p.host.mu.Unlock()
-	return p.host.ask(ctx, "after continue")
+	if err := p.host.ask(ctx, "after continue"); err != nil {
+		return fmt.Errorf("%w: %w", errUntold, err)
+	}
+	return nil
 }
 
 func (m fakeMachine) Adopt(ctx context.Context, p Place, handle json.RawMessage) (Instance, error) {

@@ -3,6 +3,7 @@ package sandboxd
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"net"
 
 	"github.com/sluice-edge/sluice/guest"
@@ -97,9 +98,12 @@ type Suspended interface {
 	// Init follows, as after Start.
 	Memory() bool
 	// Continue lets the guest run, sets its clock, and ends the connections that it still believes in. It is idempotent. From its
-	// first effect on Saved finds no memory any more, because the disk goes on changing. When it fails the guest may have run.
+	// first effect on Saved finds no memory any more, because the disk goes on changing. When it fails the guest may have run; with
+	// errUntold it does run, and does not answer.
 	Continue(ctx context.Context, r guest.ResumeRequest) error
 }
+
+var errUntold = errors.New("the guest runs and was not told that time has passed")
 
 // Preparer is what a Machine is as well when a slot can be made ready before a sandbox wants it.
 type Preparer interface {

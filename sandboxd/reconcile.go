@@ -189,15 +189,40 @@ func (m *Manager) restTakenUp(l *life, rec record) {
 // standing tells whether a crash may have left the guest standing still.
 func standing(rec record) bool { return rec.Standing || rec.Sandbox.State != StateRunning }
 
-// letGoOn has the turn since the record was read: nobody shall pause a guest that stands still already.
+// letGoOn has the turn since the record was read: nobody shall pause a guest that stands still already. Nobody else comes back to one either,
+// so the record says that it may stand still until it has gone on.
 func (m *Manager) letGoOn(l *life, rec record) {
 	defer l.endTurn()
+	var err error
 	if s, ok := l.instance.(Suspended); ok {
-		ctx, cancel := context.WithTimeout(l.ctx, greetTime)
-		defer cancel()
-		m.muteUnless(l, s.Continue(ctx, resumeRequest(rec.Sandbox)))
+		err = m.insist(l, s, rec)
+		m.muteUnless(l, err)
+	}
+	if err == nil || errors.Is(err, errUntold) {
+		m.mu.Lock()
+		l.rec.Standing = false
+		l.unrecorded = true
+		m.mu.Unlock()
 	}
 	m.tryPublish(l)
+}
+
+// insist is Continue until the guest runs. A hypervisor that still writes what a crash interrupted answers late, or with a refusal.
+func (m *Manager) insist(l *life, s Suspended, rec record) error {
+	ctx, cancel := context.WithTimeout(l.ctx, thawTime)
+	defer cancel()
+	for pause := thawPause; ; pause = min(2*pause, 10*thawPause) {
+		try, cancelTry := context.WithTimeout(ctx, greetTime)
+		err := s.Continue(try, resumeRequest(rec.Sandbox))
+		cancelTry()
+		if err == nil || errors.Is(err, errUntold) {
+			return err
+		}
+		m.wait(ctx, pause, false)
+		if ctx.Err() != nil || m.isClosing() {
+			return err
+		}
+	}
 }
 
 // greet asks the guest of a sandbox that was taken up whether it serves. One that does not answer is kept: its process runs, what
@@ -245,15 +270,10 @@ func (m *Manager) tryAdopt(ctx context.Context, l *life, rec record) (GoneReason
 	if err := instance.SetFence(ctx, fence); err != nil {
 		return GoneLost, fmt.Errorf("apply egress rules: %w", err)
 	}
-	standing := standing(rec)
-	rec.Sandbox.State, rec.Sandbox.MemorySaved, rec.Standing = StateRunning, false, false
+	rec.Standing = standing(rec)
+	rec.Sandbox.State, rec.Sandbox.MemorySaved = StateRunning, false
 	if !m.adopt(l, rec, instance) {
 		return GoneLost, errors.New("it was condemned meanwhile")
-	}
-	if standing { // to be recorded when it has gone on
-		m.mu.Lock()
-		l.unrecorded = true
-		m.mu.Unlock()
 	}
 	return "", nil
 }

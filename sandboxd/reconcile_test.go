@@ -462,6 +462,37 @@ func TestLeaseBeforeReady(t *testing.T) {
 	})
 }
 
+// TestGoesOnLateAfterACrash: a hypervisor that still wrote what a crash had interrupted was asked once to let its guest go on. It stood still for
+// ever, and the node and its record said that it runs.
+func TestGoesOnLateAfterACrash(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		sb := n.create(time.Hour)
+		release := n.host.holdUp("snapshot")
+		defer release()
+		go n.m.Snapshot(context.Background(), sb.ID, "")
+		synctest.Wait()
+		after := n.crash()
+		goOn := after.host.holdUp("continue")
+		after.start()
+		record := func() record {
+			rec, err := after.m.journal.read(sb.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return rec
+		}
+		time.Sleep(thawTime / 2)
+		if !record().Standing || !after.host.look(sb.ID).frozen {
+			t.Errorf("before it has gone on the record says %+v", record())
+		}
+		goOn()
+		time.Sleep(time.Minute)
+		if after.host.look(sb.ID).frozen || record().Standing || record().Sandbox.State != StateRunning {
+			t.Errorf("a minute after its hypervisor is free it is frozen: %v, and its record says %+v", after.host.look(sb.ID).frozen, record())
+		}
+	})
+}
+
 // TestLateAnnouncementDoesNotOvertake: what was said of the node while it started arrived after what it said when it was ready, and for
 // seconds no other node placed a sandbox on it.
 func TestLateAnnouncementDoesNotOvertake(t *testing.T) {

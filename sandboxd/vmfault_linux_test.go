@@ -33,6 +33,7 @@ func TestVMFaults(t *testing.T) {
 	t.Run("ThawedLate", h.testThawedLate)
 	t.Run("CancelledIsNotThawed", h.testCancelled)
 	t.Run("MemoryOfAMuteHypervisor", h.testMuteHypervisor)
+	t.Run("MemoryOfAnEarlierPause", h.testStaleMemory)
 	t.Run("AnotherName", h.testAnotherName)
 	t.Run("FullDisk", testFullDisk)
 }
@@ -112,6 +113,38 @@ func (h *vmHost) testCancelled(t *testing.T) {
 	}
 	if info, err := instance.(*vmSandbox).vm.API.Info(t.Context()); err != nil || info.State != vmm.StatePaused {
 		t.Errorf("the VM is %q, %v, want it as it was when its caller gave up", info.State, err)
+	}
+	h.finish(t, m, p)
+}
+
+// testStaleMemory: memory that a pause had saved before it failed was taken for that of a later pause, which saved the disk alone: an old memory
+// went on with a newer disk.
+func (h *vmHost) testStaleMemory(t *testing.T) {
+	must := mustOf(t)
+	m := h.machine(t)
+	must("setup", m.Setup(t.Context()))
+	p, instance := h.started(t, m, "istale", 1)
+	s := instance.(*vmSandbox)
+	ask(t, instance, "write old")
+	snapshots, err := vmm.OpenSnapshots(p.Dir)
+	must("open", err)
+	draft, err := snapshots.Begin(vmSavedName)
+	must("begin", err)
+	must("pause", s.vm.API.Pause(t.Context()))
+	must("snapshot", s.vm.Snapshot(t.Context(), draft))
+	_, err = draft.Commit(t.Context(), m.version, m.labels())
+	must("commit", err)
+	must("go on", s.goOn(t.Context()))
+	ask(t, instance, "write new")
+	must("suspend", m.Suspend(t.Context(), p, instance, false, func(Step) {}))
+	if saved, err := m.Saved(p); err != nil || saved.Memory {
+		t.Errorf("Saved() = %+v, %v, want the disk alone", saved, err)
+	}
+	must("destroy", m.Destroy(t.Context(), p, func(Step) {}))
+	resumed, err := m.Resume(t.Context(), p, egress.Policy{}, func(Step) {})
+	must("resume", err)
+	if got := ask(t, resumed, "read"); got != "new" || resumed.Memory() {
+		t.Errorf("resumed with memory: %v, and its disk says %q, want new", resumed.Memory(), got)
 	}
 	h.finish(t, m, p)
 }

@@ -31,12 +31,16 @@ const (
 // restored later finds the disk that it remembers. Without, the guest writes out what it has.
 func (m *VMMachine) Suspend(ctx context.Context, p Place, i Instance, memory bool, reached func(Step)) error {
 	s := i.(*vmSandbox)
-	if err := ignoreAbsent(os.Remove(filepath.Join(p.Dir, vmDiskOnlyName))); err != nil {
+	snapshots, err := vmm.OpenSnapshots(p.Dir)
+	if err != nil {
+		return err
+	}
+	// Of whatever kind this pause is: no older memory may be taken for its own.
+	if err := errors.Join(snapshots.Remove(vmSavedName), ignoreAbsent(os.Remove(filepath.Join(p.Dir, vmDiskOnlyName)))); err != nil {
 		return fmt.Errorf("remove what an earlier pause left: %w", err)
 	}
-	var err error
 	if memory {
-		err = m.suspendMemory(ctx, s, reached)
+		err = m.suspendMemory(ctx, s, snapshots, reached)
 	} else {
 		err = m.suspendDisk(ctx, s, reached)
 	}
@@ -51,14 +55,7 @@ func (m *VMMachine) Suspend(ctx context.Context, p Place, i Instance, memory boo
 	return nil
 }
 
-func (m *VMMachine) suspendMemory(ctx context.Context, s *vmSandbox, reached func(Step)) (err error) {
-	snapshots, err := vmm.OpenSnapshots(s.place.Dir)
-	if err != nil {
-		return err
-	}
-	if err := snapshots.Remove(vmSavedName); err != nil {
-		return err
-	}
+func (m *VMMachine) suspendMemory(ctx context.Context, s *vmSandbox, snapshots *vmm.Snapshots, reached func(Step)) (err error) {
 	draft, err := snapshots.Begin(vmSavedName)
 	if err != nil {
 		return err
@@ -297,7 +294,7 @@ func (s *vmSandbox) Continue(ctx context.Context, r guest.ResumeRequest) error {
 		return fmt.Errorf("let the VM run: %w", err)
 	}
 	if err := s.guest.Resume(ctx, r); err != nil {
-		return fmt.Errorf("tell the guest that time has passed: %w", err)
+		return fmt.Errorf("%w: %w", errUntold, err)
 	}
 	return nil
 }
@@ -349,9 +346,10 @@ func (m *VMMachine) copyVM(ctx context.Context, s *vmSandbox, dir string) (err e
 	return nil
 }
 
-// syncPath makes a file's content safe on the disk.
+// syncPath makes a file's content safe on the disk. It waits for nothing that the file's owner, a VM's user, may have put there: a pipe, or a
+// lease (fcntl(2)).
 func syncPath(path string) error {
-	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}

@@ -57,6 +57,9 @@ func (vm *VM) Snapshot(ctx context.Context, draft *Draft) error {
 		return fmt.Errorf("snapshot: %w", err)
 	}
 	defer r.Close()
+	for _, left := range leftBehind(r) { // by a process of ours that was killed in a Snapshot
+		discard(r, left)
+	}
 	// Nothing tells when the memory is there but the attempt itself.
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
 		err := vm.snapshotOnce(ctx, r, draft)
@@ -71,6 +74,17 @@ func (vm *VM) Snapshot(ctx context.Context, draft *Draft) error {
 			return fmt.Errorf("wait for the memory of an earlier snapshot: %w", context.Cause(ctx))
 		}
 	}
+}
+
+// leftBehind names what is in a directory, no more of it than an honest hypervisor could have been told to write.
+func leftBehind(out *os.Root) []string {
+	dir, err := out.Open(".")
+	if err != nil {
+		return nil
+	}
+	defer dir.Close()
+	names, _ := dir.Readdirnames(maxTaken)
+	return names
 }
 
 // stillRestoring knows the refusal by its words: its status says nothing, and no call tells whether the memory is there.

@@ -57,7 +57,16 @@ func steps(t *testing.T, b *vmmtest.Box) []struct {
 			if err != nil {
 				return err
 			}
-			if err := b.VM.Snapshot(ctx, draft); err != nil {
+			out := filepath.Join(b.Spec.Dir, "out")
+			old := filepath.Join(out, "s0123456789abcdef") // of a process that was killed while the hypervisor wrote
+			if err := errors.Join(os.MkdirAll(old, 0o700), os.WriteFile(filepath.Join(old, "memory"), []byte("old"), 0o600)); err != nil {
+				t.Error(err)
+			}
+			err = b.VM.Snapshot(ctx, draft)
+			if left, lerr := os.ReadDir(out); lerr != nil || len(left) > 0 {
+				t.Errorf("a snapshot leaves %v where it was written, %v", left, lerr)
+			}
+			if err != nil {
 				if left, lerr := os.ReadDir(draft.Dir()); lerr != nil || len(left) > 0 {
 					t.Errorf("a snapshot that failed leaves %v in its draft, %v", left, lerr)
 				}

@@ -222,7 +222,11 @@ func (d *Draft) Commit(ctx context.Context, hypervisor string, labels map[string
 		if e.Name() == manifestName || !e.Type().IsRegular() {
 			return Snapshot{}, fmt.Errorf("commit snapshot %s: %q cannot be part of one", d.name, e.Name())
 		}
-		f, err := os.OpenFile(filepath.Join(d.dir, e.Name()), os.O_RDWR|unix.O_NOFOLLOW, 0)
+		if ctx.Err() != nil {
+			return Snapshot{}, fmt.Errorf("commit snapshot %s: %w", d.name, context.Cause(ctx))
+		}
+		// Whoever wrote it may have a lease on it still (fcntl(2)), which an open would wait for.
+		f, err := os.OpenFile(filepath.Join(d.dir, e.Name()), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 		if err != nil {
 			return Snapshot{}, fmt.Errorf("commit snapshot %s: %w", d.name, err)
 		}
@@ -261,10 +265,10 @@ func (d *Draft) Commit(ctx context.Context, hypervisor string, labels map[string
 	if err != nil {
 		return Snapshot{}, diskError("commit snapshot "+d.name, err)
 	}
-	d.dir = "" // it is no draft any more, even if the last sync fails
-	if err := syncDir(d.s.dir); err != nil {
-		return Snapshot{}, diskError("commit snapshot "+d.name, err)
+	if err := syncDir(d.s.dir); err != nil { // nobody may find what its maker believes to have failed
+		return Snapshot{}, diskError("commit snapshot "+d.name, errors.Join(err, os.Rename(final, d.dir)))
 	}
+	d.dir = ""
 	return Snapshot{Name: d.name, Dir: final, Manifest: m}, nil
 }
 
@@ -506,7 +510,7 @@ func allZero(b []byte) bool {
 
 // CopySparse copies a file to a new one, sharing its blocks where the file system can and leaving its holes out elsewhere.
 func CopySparse(ctx context.Context, dst, src string) error {
-	in, err := os.OpenFile(src, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	in, err := os.OpenFile(src, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0) // a VM's disk is its user's
 	if err != nil {
 		return fmt.Errorf("copy %s: %w", src, err)
 	}

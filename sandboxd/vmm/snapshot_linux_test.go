@@ -6,10 +6,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -291,6 +294,95 @@ func TestTakeRefuses(t *testing.T) {
 
 // TestCleanOfADeepTree: a hypervisor that was taken over made directories in directories, one more than this process may have descriptors. The
 // node could never remove them, and each attempt took all descriptors from everybody else for a moment.
+// TestLeaseHoldsUpNothing: a hypervisor that was taken over kept leases on what it had written. Each open of it waited for as long as the kernel
+// lets one, past every deadline, with a turn that the sandboxes of others waited for.
+func TestLeaseHoldsUpNothing(t *testing.T) {
+	base := t.TempDir()
+	out, err := os.OpenRoot(base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	if err := out.Mkdir("s1", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	written := filepath.Join(base, "s1", "memory")
+	if err := os.WriteFile(written, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	leased, err := os.Open(written)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer leased.Close()
+	if _, err := unix.FcntlInt(leased.Fd(), unix.F_SETLEASE, unix.F_RDLCK); err != nil {
+		t.Skipf("no leases here: %v", err)
+	}
+	s, err := OpenSnapshots(filepath.Join(base, "place"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.Begin("saved")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.take(t.Context(), out, "s1"); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	if _, err := d.Commit(t.Context(), "v", nil); !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("Commit of a file under a lease = %v, want that it is not to be had now", err)
+	}
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("Commit waited %v for whoever has a lease", took)
+	}
+}
+
+// TestCommitThatFailsLast: a snapshot had its name although its maker was told that it had failed, and was restored later.
+func TestCommitThatFailsLast(t *testing.T) {
+	if os.Geteuid() == 0 {
+		base, err := os.MkdirTemp("", "sluice-commit-") // which another user can reach
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer os.RemoveAll(base)
+		if err := os.Chown(base, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("/proc/self/exe", "-test.run", "^TestCommitThatFailsLast$", "-test.v")
+		cmd.Dir, cmd.Env = base, append(os.Environ(), "TMPDIR="+base)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		if text, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(text, []byte("--- PASS")) {
+			t.Errorf("as a user whom modes bind: %v\n%s", err, text)
+		}
+		return
+	}
+	dir := filepath.Join(t.TempDir(), "place")
+	s, err := OpenSnapshots(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.Begin("saved")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(d.Dir(), "memory"), []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o300); err != nil { // it can be written, and not opened to be synced
+		t.Fatal(err)
+	}
+	if _, err := d.Commit(t.Context(), "v", nil); !errors.Is(err, fs.ErrPermission) {
+		t.Errorf("Commit = %v, want that it may not", err)
+	}
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Open("saved"); errs.CodeOf(err) != errs.NotFound {
+		t.Errorf("Open after a commit that failed = %v, want that there is none", err)
+	}
+}
+
 func TestCleanOfADeepTree(t *testing.T) {
 	var old unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
