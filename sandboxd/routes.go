@@ -192,21 +192,27 @@ func (m *Manager) keepLease(ctx context.Context) error {
 	}
 }
 
-// announce tells the catalogue what the node is now. Announcements follow one another: one that was held up must not arrive after a
-// newer one and have edges and other nodes believe, until the lease is renewed, that a node which is ready still starts.
+// announce tells the catalogue what the node is now. Announcements follow one another: one that is held up must not arrive after a newer one
+// and have edges and other nodes believe that a node which is ready still starts. One that was given up may, until the lease is renewed.
 func (m *Manager) announce(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, publishTime)
+	turn, cancel := context.WithTimeout(ctx, publishTime)
 	defer cancel()
 	var err error
 	select {
 	case m.leasing <- struct{}{}:
-		err = m.publisher.Announce(ctx, m.Capacity())
+		err = m.announceNow(ctx)
 		<-m.leasing
-	case <-ctx.Done():
-		err = ctx.Err()
+	case <-turn.Done():
+		err = turn.Err()
 	}
 	if err != nil {
 		m.stats.announceFailed.Inc()
 		m.log.Warn("lease not renewed", zap.Error(err))
 	}
+}
+
+func (m *Manager) announceNow(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, publishTime)
+	defer cancel()
+	return m.publisher.Announce(ctx, m.Capacity())
 }
