@@ -53,7 +53,7 @@ bench: build ## load the edge and the backend behind it alike, and print both (B
 generate: ## regenerate code from openapi.yaml and the .proto files (needs protoc)
 	$(GO) generate ./...
 
-setup: ## install what the tests need: Debian packages (as root), the SDKs, and a kernel where there is a hypervisor
+setup: ## install what the tests need: Debian packages (as root), the SDKs, and a kernel
 	@.ci/setup
 
 clean: ## remove what building and testing left in the tree

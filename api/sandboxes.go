@@ -26,7 +26,7 @@ const (
 func parseID(s string) (string, error) {
 	id, suffix, dashed := strings.Cut(s, "-")
 	if !isID(id) || dashed && !isID(suffix) {
-		return "", errs.New(errs.Invalid, "Invalid sandbox ID")
+		return "", errs.New(errs.Invalid, "Invalid sandbox ID %q", clip(s))
 	}
 	return id, nil
 }

@@ -172,7 +172,7 @@ func (h *hostClaims) take() (err error) {
 	if h.name == nil {
 		h.name, err = takeClaim(claimsDir, "network-"+h.network)
 		if errors.Is(err, errClaimed) {
-			return fmt.Errorf("another node on this host uses the network name %q: stop it, or give this one its own (-network-name, and -slot-prefix with it)", h.network)
+			return fmt.Errorf("another node on this host uses the network name %q: stop it, or give this one its own (-network-name, with it -slot-prefix and -slot-prefix6, and a -state-dir)", h.network)
 		}
 		if err != nil {
 			return fmt.Errorf("claim the network name %q: %w", h.network, err)

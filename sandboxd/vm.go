@@ -100,8 +100,8 @@ const (
 	logKept       = 256 << 10
 )
 
-// defaultRates keep one sandbox from taking the host's network and disks for itself: 1 Gbit/s each way and 400 MB/s.
-var defaultRates = vmm.Rates{NetBytes: 125 << 20, NetPackets: 200_000, DiskBytes: 400 << 20, DiskOps: 40_000}
+// defaultRates keep one sandbox from taking the host's network and disks for itself: 1 Gbit/s each way and 400 MiB/s.
+var defaultRates = vmm.Rates{NetBytes: 125_000_000, NetPackets: 200_000, DiskBytes: 400 << 20, DiskOps: 40_000}
 
 // NewVMMachine looks at the host and changes nothing on it. An error says what is missing and what to do.
 func NewVMMachine(ctx context.Context, opts VMOptions) (*VMMachine, error) {

@@ -147,10 +147,11 @@ func (s *vmSandbox) runStartCommand(ctx context.Context, say func(string)) error
 			return fmt.Errorf("run the start command %q: %w", clip(t.StartCmd), err)
 		}
 	}
-	last := ""
+	last, silent := "", uint16(0)
 	ready := func() (bool, error) {
 		if t.ReadyCmd == "" {
-			return s.listening(ctx, t.Ports), nil
+			silent = s.silent(ctx, t.Ports)
+			return silent == 0, nil
 		}
 		command.Cmd, command.Background, command.Timeout = t.ReadyCmd, false, 30*time.Second
 		result, err := s.guest.Exec(ctx, command)
@@ -171,8 +172,11 @@ func (s *vmSandbox) runStartCommand(ctx context.Context, say func(string)) error
 			return fmt.Errorf("wait until the start command is ready: %w", s.vm.Err())
 		case <-ctx.Done():
 			timer.Stop()
-			return &errs.Error{Code: errs.Invalid, Err: context.Cause(ctx),
-				Msg: fmt.Sprintf("the start command %q is not ready: the ready command %q said %q", clip(t.StartCmd), clip(t.ReadyCmd), clip(last))}
+			why := fmt.Sprintf("the ready command %q said %q", clip(t.ReadyCmd), clip(last))
+			if t.ReadyCmd == "" {
+				why = fmt.Sprintf("nobody listens on port %d, which its image exposes; give a ready command, which says when it is", silent)
+			}
+			return &errs.Error{Code: errs.Invalid, Err: context.Cause(ctx), Msg: fmt.Sprintf("the start command %q is not ready: %s", clip(t.StartCmd), why)}
 		}
 		ok, err := ready()
 		if err != nil && ctx.Err() == nil {
@@ -184,14 +188,14 @@ func (s *vmSandbox) runStartCommand(ctx context.Context, say func(string)) error
 	}
 }
 
-// listening tells whether somebody listens on all ports.
-func (s *vmSandbox) listening(ctx context.Context, ports []uint16) bool {
+// silent is the first port on which nobody listens; 0 when there is none.
+func (s *vmSandbox) silent(ctx context.Context, ports []uint16) uint16 {
 	for _, port := range ports {
 		conn, err := s.DialPort(ctx, port)
 		if err != nil {
-			return false
+			return port
 		}
 		conn.Close()
 	}
-	return true
+	return 0
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -39,24 +40,45 @@ type benchConfig struct {
 func parseBenchConfig(args []string, getenv func(string) string) (*benchConfig, error) {
 	var c benchConfig
 	fs := flag.NewFlagSet("sluice bench", flag.ContinueOnError)
+	names := strings.Join(benchScenarios, ", ")
 	fs.Float64Var(&c.rate, "rate", 1000, "requests per second, whatever the answers do")
 	fs.DurationVar(&c.duration, "duration", 5*time.Second, "how long each scenario is measured")
 	fs.IntVar(&c.connections, "connections", 64, "most requests under way at once")
-	fs.Var(&c.only, "scenario", "`scenarios` to run: get, token, mask, websocket (default all)")
+	fs.Var(&c.only, "scenario", "`scenarios` to run: "+names+" (default all)")
 	fs.StringVar(&c.serve, "serve", "", "be the backend on this `address` and nothing else")
 	c.stack.Machine.Flags(fs)
+	machine := fs.Lookup("machine")
+	machine.Usage += "; here auto is namespace" // the edge is measured: a process outside against one that shares its kernel
 	if err := config.Parse(fs, args, getenv, os.Stdout); err != nil {
 		return nil, err
 	}
 	if c.stack.Machine.Kind == daemon.MachineAuto {
-		c.stack.Machine.Kind = daemon.MachineNamespace // the edge is measured: a process outside against one that shares its kernel
+		c.stack.Machine.Kind = daemon.MachineNamespace
 	}
-	return &c, nil
+	var all []error
+	for _, name := range c.only {
+		if !slices.Contains(benchScenarios, name) {
+			all = append(all, fmt.Errorf("-scenario %q is none of %s", name, names))
+		}
+	}
+	if !(c.rate > 0) {
+		all = append(all, fmt.Errorf("-rate %v: want more than 0", c.rate))
+	}
+	if c.duration <= 0 {
+		all = append(all, fmt.Errorf("-duration %v: want more than 0", c.duration))
+	}
+	if c.connections < 1 {
+		all = append(all, fmt.Errorf("-connections %d: want 1 or more", c.connections))
+	}
+	return &c, errors.Join(all...)
 }
+
+// benchScenarios are what can be measured.
+var benchScenarios = []string{"get", "token", "mask", "websocket"}
 
 // wants says whether a scenario was asked for.
 func (c *benchConfig) wants(name string) bool {
-	return len(c.only) == 0 || strings.Contains(","+c.only.String()+",", ","+name+",")
+	return len(c.only) == 0 || slices.Contains(c.only, name)
 }
 
 // runBench loads the same backend twice: as a process of this host, and in a sandbox through the edge. The ratio is the result:
@@ -81,12 +103,25 @@ func runBench(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	return whileRunning(ctx, stack.Run, func(ctx context.Context) error { return benchStack(ctx, cfg, stack) })
+}
+
+// whileRunning calls do while run runs, and stops either when the other has ended.
+func whileRunning(ctx context.Context, run, do func(ctx context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	stopped := make(chan error, 1)
-	go func() { stopped <- stack.Run(ctx) }()
-	err = benchStack(ctx, cfg, stack)
+	go func() {
+		stopped <- run(ctx)
+		cancel()
+	}()
+	err := do(ctx)
 	cancel()
-	return errors.Join(err, <-stopped)
+	failed := <-stopped
+	if failed != nil && errors.Is(err, context.Canceled) {
+		return failed // which is why
+	}
+	return errors.Join(err, failed)
 }
 
 func benchStack(ctx context.Context, cfg *benchConfig, stack *devstack.Stack) error {

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -13,7 +14,6 @@ import (
 	"time"
 
 	"github.com/sluice-edge/sluice/api/gen"
-	"github.com/sluice-edge/sluice/internal/config"
 )
 
 // lsConfig is what `sluice ls` can be told.
@@ -23,7 +23,7 @@ type lsConfig struct {
 	quiet    bool
 	states   string
 	template string
-	metadata config.List
+	metadata []string
 }
 
 func parseLsConfig(args []string, con console) (*lsConfig, error) {
@@ -33,7 +33,13 @@ func parseLsConfig(args []string, con console) (*lsConfig, error) {
 	fs.BoolVar(&c.quiet, "q", false, "print ids only")
 	fs.StringVar(&c.states, "state", "", "only those in these `states`: running, paused (default both)")
 	fs.StringVar(&c.template, "template", "", "only those of this `template`, by id or alias")
-	fs.Var(&c.metadata, "metadata", "only those with this `key=value`; may be repeated")
+	fs.Func("metadata", "only those with this `key=value`; may be repeated", func(pair string) error {
+		if !strings.Contains(pair, "=") {
+			return errors.New("want key=value")
+		}
+		c.metadata = append(c.metadata, pair)
+		return nil
+	})
 	words, err := c.server.parse(fs, "", args, 0, con)
 	if err == nil && len(words) > 0 {
 		err = fmt.Errorf("sluice ls: %q is no flag (see sluice ls -h)", words[0])
@@ -52,10 +58,7 @@ func (c *lsConfig) query() (url.Values, error) {
 	}
 	var pairs []string
 	for _, pair := range c.metadata {
-		key, value, ok := strings.Cut(pair, "=")
-		if !ok {
-			return nil, fmt.Errorf("-metadata %q is no key=value", pair)
-		}
+		key, value, _ := strings.Cut(pair, "=")
 		pairs = append(pairs, url.QueryEscape(key)+"="+url.QueryEscape(value))
 	}
 	if len(pairs) > 0 {

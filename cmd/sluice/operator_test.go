@@ -197,6 +197,7 @@ func TestLs(t *testing.T) {
 	}{
 		{nil, "irunning ipaused"}, {[]string{"-state", "paused"}, "ipaused"}, {[]string{"--state=running,paused"}, "irunning ipaused"},
 		{[]string{"-template", "nope"}, ""}, {[]string{"-metadata", "owner=me"}, "irunning ipaused"}, {[]string{"-metadata", "owner=you&me"}, ""},
+		{[]string{"-metadata", "owner=one, two"}, ""},
 	} {
 		got := operate(t, url, append([]string{"ls", "-q"}, test.flags...)...)
 		if ids := strings.Join(strings.Fields(got.out), " "); got.failure != nil || ids != test.want {

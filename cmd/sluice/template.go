@@ -15,6 +15,7 @@ import (
 
 	"github.com/sluice-edge/sluice/internal/config"
 	"github.com/sluice-edge/sluice/internal/daemon"
+	"github.com/sluice-edge/sluice/internal/errs"
 	"github.com/sluice-edge/sluice/internal/obs"
 	"github.com/sluice-edge/sluice/sandboxd/image"
 )
@@ -101,7 +102,8 @@ func parseTemplateBuild(args []string) (*templateBuild, error) {
 	fs.StringVar(&b.image.From, "from", "", "`image` to build from: oci:DIR[#NAME], docker-archive:FILE[#NAME], docker://REFERENCE, dir:DIR,\n"+
 		"mmdebstrap:SUITE[#PACKAGE,...], or any of the first four without the word before the colon")
 	fs.StringVar(&b.image.StartCmd, "start-cmd", "", "`command` that runs in every sandbox from the start; the image's own entry point is not run by itself")
-	fs.StringVar(&b.image.ReadyCmd, "ready-cmd", "", "`command` that succeeds when the start command is ready; empty waits until somebody listens on the image's ports")
+	fs.StringVar(&b.image.ReadyCmd, "ready-cmd", "", "`command` that succeeds when the start command is ready; empty waits until somebody listens on each port that the\n"+
+		"image exposes, or, when it exposes none, one second")
 	fs.IntVar(&b.image.CPUs, "cpu", 0, "processors of a sandbox (default 2)")
 	fs.IntVar(&b.image.MemoryMiB, "memory", 0, "memory of a sandbox in `MiB` (default 512)")
 	fs.IntVar(&b.image.DiskMiB, "disk", 0, "writable disk of a sandbox in `MiB` (default 1024)")
@@ -241,7 +243,14 @@ func runTemplateRemove(args []string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if err := store.Remove(name); err != nil {
+	err = store.Remove(name)
+	if errs.CodeOf(err) == errs.NotFound {
+		if t, aliasErr := store.Get(name); aliasErr == nil {
+			return fmt.Errorf("%s is another name of template %s: remove that", name, templateName(t))
+		}
+		return fmt.Errorf("%w in %s: sluice template ls lists them, -state-dir names another node's", err, *state)
+	}
+	if err != nil {
 		return err
 	}
 	_, err = fmt.Fprintf(out, "%s is removed; its sandboxes go on\n", name)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -75,6 +76,10 @@ func TestTemplateListAndRemove(t *testing.T) {
 		t.Errorf("ls -json = %q, %v", out, err)
 	}
 
+	if err := runTemplateRemove([]string{"other-name", "-state-dir", state}, io.Discard); err == nil || !strings.Contains(err.Error(), "team/app:v1") {
+		t.Errorf("rm of an alias = %v, want the name of its template", err)
+	}
+
 	// A damaged one is listed, and an error.
 	if err := os.Truncate(tmpl.RootPath(), 1); err != nil {
 		t.Fatal(err)
@@ -87,8 +92,8 @@ func TestTemplateListAndRemove(t *testing.T) {
 	if err := runTemplateRemove([]string{"team/app:v1", "-state-dir", state}, &removed); err != nil || !strings.Contains(removed.String(), "team/app:v1") {
 		t.Errorf("rm = %q, %v", removed.String(), err)
 	}
-	if err := runTemplateRemove([]string{"team/app:v1", "-state-dir", state}, &removed); errs.CodeOf(err) != errs.NotFound {
-		t.Errorf("rm twice = %v, want not found", err)
+	if err := runTemplateRemove([]string{"team/app:v1", "-state-dir", state}, &removed); errs.CodeOf(err) != errs.NotFound || !strings.Contains(err.Error(), state) {
+		t.Errorf("rm twice = %v, want that there is none in %s", err, state)
 	}
 }
 

@@ -60,7 +60,7 @@ type MachineOptions struct {
 // Flags declares the options as flags of fs.
 func (o *MachineOptions) Flags(fs *flag.FlagSet) {
 	fs.StringVar(&o.Kind, "machine", MachineAuto, "what sandboxes are: vm, namespace, or auto, which is vm where it can be")
-	fs.StringVar(&o.DefaultTemplate, "default-template", "", "`image` that the templates base and code-interpreter-v1 are made from where they are missing, as in\n"+
+	fs.StringVar(&o.DefaultTemplate, "default-template", "", "`image` that the template base, also called code-interpreter-v1, is made from where there is none, as in\n"+
 		"sluice template build -from; empty is "+defaultFrom+" in sluice dev, and none in a node")
 	fs.StringVar(&o.TemplateDir, "template-dir", "", "`directory` that is the root of namespace sandboxes; empty is a read-only view of this host")
 	fs.Var(&o.Resolvers, "nameserver", "`addresses` of name servers in the sandbox (default 8.8.8.8,1.1.1.1); egress rules hold for them too")

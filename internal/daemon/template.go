@@ -84,6 +84,9 @@ func MakeDefaultTemplate(ctx context.Context, machine MachineOptions, stateDir s
 		return err
 	}
 	if _, err := store.Get(baseTemplate); errs.CodeOf(err) != errs.NotFound {
+		if err == nil && machine.DefaultTemplate != "" {
+			log.Info("default template is there already, not made anew", zap.String("template", baseTemplate))
+		}
 		return err
 	}
 	o := image.Options{Name: baseTemplate, From: machine.DefaultTemplate}

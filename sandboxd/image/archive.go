@@ -12,6 +12,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"syscall"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -112,8 +113,14 @@ func openArchiveBlobs(ctx context.Context, file, temp string, limits Limits) (_ 
 // unpackedArchive is f, or what it decompresses to.
 func unpackedArchive(ctx context.Context, f *os.File, temp string, limits Limits) (*os.File, error) {
 	head := make([]byte, 4)
-	if n, err := f.ReadAt(head, 0); err != nil && n == 0 {
+	switch n, err := f.ReadAt(head, 0); {
+	case n > 0:
+	case errors.Is(err, io.EOF):
 		return f, errs.New(errs.Invalid, "the archive is empty")
+	case errors.Is(err, syscall.EISDIR):
+		return f, errs.New(errs.Invalid, "it is a directory: use dir: for a root filesystem, oci: for an OCI layout")
+	default:
+		return f, fmt.Errorf("read archive: %w", err)
 	}
 	if head[0] != 0x1f && head[0] != 0x28 {
 		return f, nil

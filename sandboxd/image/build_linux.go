@@ -88,8 +88,12 @@ func (o Options) Check() error {
 	if o.DiskMiB < minDiskMiB || o.DiskMiB > maxDiskMiB {
 		all = append(all, errs.New(errs.Invalid, "a disk of %d MiB: want %d to %d", o.DiskMiB, minDiskMiB, maxDiskMiB))
 	}
-	if min(o.Rates.NetBytes, o.Rates.NetPackets, o.Rates.DiskBytes, o.Rates.DiskOps) < 0 {
-		all = append(all, errs.New(errs.Invalid, "a rate is negative"))
+	for what, rate := range map[string]int64{
+		"bytes of the network": o.Rates.NetBytes, "packets": o.Rates.NetPackets, "bytes of a disk": o.Rates.DiskBytes, "operations of a disk": o.Rates.DiskOps,
+	} {
+		if rate < 0 {
+			all = append(all, errs.New(errs.Invalid, "%d %s a second: want 0 or more", rate, what))
+		}
 	}
 	for _, alias := range o.Aliases {
 		if n, err := ParseName(alias); err != nil || n.Tag != DefaultTag {
@@ -147,6 +151,9 @@ func Build(ctx context.Context, o Options, progress func(Step)) (t Template, err
 	o = o.withDefaults()
 	n, err := ParseName(o.Name)
 	if err != nil {
+		return Template{}, err
+	}
+	if err := o.Store.checkAliases(n, o.Aliases); err != nil {
 		return Template{}, err
 	}
 	// Everything that can be wrong with the kernel is said before the first byte of an image is fetched.

@@ -21,7 +21,8 @@ type Name struct {
 
 // ParseName reads a template's name as clients and operators write it.
 func ParseName(reference string) (Name, error) {
-	invalid := errs.New(errs.Invalid, "invalid template name %q: want [namespace/]alias[:tag] of letters, digits, '-', '_' and '.'", clip(reference))
+	invalid := errs.New(errs.Invalid, "invalid template name %q: want [namespace/]alias[:tag] of letters, digits, '-', '_' and '.', "+
+		"none with a dot in front, at most 128 each and 200 in all", clip(reference))
 	if len(reference) > 256 {
 		return Name{}, invalid
 	}

@@ -429,4 +429,5 @@ func TestSourcesThatAreNot(t *testing.T) {
 	} {
 		mustRefuse(t, from, code, "")
 	}
+	mustRefuse(t, "docker-archive:"+t.TempDir(), errs.Invalid, "it is a directory")
 }

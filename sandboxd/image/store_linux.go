@@ -90,6 +90,22 @@ func (s *Store) Get(reference string) (Template, error) {
 	return Template{}, err
 }
 
+// checkAliases refuses a further name of n that another template has: Get would go on finding that one.
+func (s *Store) checkAliases(n Name, aliases []string) error {
+	all, _ := s.List() // what is broken in there has no names
+	for _, t := range all {
+		if t.Name == n.Base() && t.Tag == n.Tag {
+			continue
+		}
+		for _, alias := range aliases {
+			if name, err := ParseName(alias); err == nil && (t.Name == name.Base() || slices.Contains(t.Aliases, name.Base())) {
+				return errs.New(errs.Conflict, "alias '%s' is a name of template '%s' already: build that anew, or remove it", name, Name{Alias: t.Name, Tag: t.Tag})
+			}
+		}
+	}
+	return nil
+}
+
 func (s *Store) get(n Name) (Template, error) {
 	t := Template{Dir: s.path(n)}
 	raw, err := os.ReadFile(filepath.Join(t.Dir, manifestName))

@@ -143,6 +143,25 @@ func TestBuild(t *testing.T) {
 }
 
 // TestFailedBuildLeavesNothing: and what had the name before stays.
+// TestAliasesAreNamesOfOneTemplate: one that another template had was taken without a word, and went on meaning the other.
+func TestAliasesAreNamesOfOneTemplate(t *testing.T) {
+	s := mustStore(t)
+	o := smallOptions(t, s, "base")
+	o.Aliases = []string{"usual"}
+	for range 2 { // again in place of itself
+		if _, err := Build(t.Context(), o, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, alias := range []string{"usual", "Base"} {
+		other := smallOptions(t, s, "other")
+		other.Aliases = []string{"fresh", alias}
+		if _, err := Build(t.Context(), other, nil); errs.CodeOf(err) != errs.Conflict || !strings.Contains(err.Error(), "template 'base'") {
+			t.Errorf("Build with the alias %q of another template = %v, want a conflict that names it", alias, err)
+		}
+	}
+}
+
 func TestFailedBuildLeavesNothing(t *testing.T) {
 	s := mustStore(t)
 	before := mustBuild(t, smallOptions(t, s, "app"))

@@ -281,6 +281,7 @@ func TestFindings(t *testing.T) {
 	show("all well", true, func(*hostView) {})
 	show("not root", false, func(h *hostView) { h.euid = 1000 })
 	show("no binary", false, func(h *hostView) { h.find = func() (string, error) { return Find("/nonexistent") } })
+	show("a directory for a binary", false, func(h *hostView) { h.find = func() (string, error) { return Find("/proc/self/") } })
 	show("old binary", false, func(h *hostView) {
 		h.probe = func(string) (Version, error) {
 			return Version{}, errors.New("cloud-hypervisor is v40.0.0, and v52.0.0 or newer is needed")

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/sluice-edge/sluice/internal/errs"
@@ -118,7 +119,10 @@ func findings(h hostView) (list []Finding) {
 
 	path, err := h.find()
 	if cause, ok := errors.AsType[*exec.Error](err); ok {
-		err = cause.Err // the finding's name and its remedy say the rest
+		// The finding's name and its remedy say the rest, but for a file that was named.
+		if err = cause.Err; strings.Contains(cause.Name, "/") && !strings.Contains(err.Error(), cause.Name) {
+			err = fmt.Errorf("%s: %w", cause.Name, err)
+		}
 	}
 	add("cloud-hypervisor", true, err, path, fmt.Sprintf("install Cloud Hypervisor %v or newer on PATH, or name it in SLUICE_CLOUD_HYPERVISOR", MinVersion))
 	if err == nil {
