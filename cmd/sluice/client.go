@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -181,6 +182,9 @@ func (c *client) unreachable(err error) error {
 	}
 	if _, ok := errors.AsType[*net.OpError](err); ok {
 		return fmt.Errorf("no server answers at %s: %w (does it run, and is that its address? see E2B_API_URL)", c.url, err)
+	}
+	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
+		return fmt.Errorf("ask %s: %w (for a certificate of sluice dev, SSL_CERT_FILE names the ca.pem that it prints)", c.url, err)
 	}
 	return fmt.Errorf("ask %s: %w", c.url, err)
 }

@@ -48,7 +48,7 @@ func parseLsConfig(args []string, con console) (*lsConfig, error) {
 }
 
 // query is the list's query string without a cursor.
-func (c *lsConfig) query() (url.Values, error) {
+func (c *lsConfig) query() url.Values {
 	q := url.Values{}
 	if c.states != "" {
 		q.Set("state", c.states)
@@ -64,7 +64,7 @@ func (c *lsConfig) query() (url.Values, error) {
 	if len(pairs) > 0 {
 		q.Set("metadata", url.QueryEscape(strings.Join(pairs, "&"))) // the API takes off one layer more than a query has
 	}
-	return q, nil
+	return q
 }
 
 // runLs lists the sandboxes of the key's team on all nodes.
@@ -77,10 +77,7 @@ func runLs(ctx context.Context, args []string, con console) error {
 	if err != nil {
 		return err
 	}
-	query, err := cfg.query()
-	if err != nil {
-		return err
-	}
+	query := cfg.query()
 	items := []json.RawMessage{}
 	silent := ""
 	for {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"maps"
 	"net"
 	"net/http"
@@ -290,6 +291,9 @@ func TestServerErrorsNameTheRemedy(t *testing.T) {
 		http.Error(w, "<html>no</html>", http.StatusNotFound)
 	}))
 	defer page.Close()
+	strange := httptest.NewTLSServer(http.NotFoundHandler())
+	defer strange.Close()
+	strange.Config.ErrorLog = log.New(io.Discard, "", 0)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -307,6 +311,7 @@ func TestServerErrorsNameTheRemedy(t *testing.T) {
 		{map[string]string{"E2B_API_URL": url, "E2B_API_KEY": "e2b_wrong"}, "ls", []string{"Invalid API key", "E2B_API_KEY", url}},
 		{map[string]string{"E2B_API_URL": dead, "E2B_API_KEY": testKey}, "ls", []string{"no server answers at " + dead, "refused", "E2B_API_URL"}},
 		{map[string]string{"E2B_API_URL": page.URL, "E2B_API_KEY": testKey}, "ls", []string{"no API of Sluice", "E2B_API_URL"}},
+		{map[string]string{"E2B_API_URL": strange.URL, "E2B_API_KEY": testKey}, "ls", []string{"unknown authority", "SSL_CERT_FILE"}},
 		{map[string]string{"E2B_API_URL": page.URL, "E2B_API_KEY": testKey}, "inspect i1", []string{"404 Not Found", "no answer of Sluice", "E2B_API_URL"}},
 		{map[string]string{"E2B_API_URL": url, "E2B_API_KEY": testKey}, "inspect inope", []string{"inope", "sluice ls"}},
 		{map[string]string{"E2B_API_URL": url, "E2B_API_KEY": testKey}, "inspect", []string{"which sandbox", "sluice ls"}},
