@@ -320,7 +320,9 @@ func (s *vmSandbox) cmdline() string {
 	if s.slot.GuestAddr6.IsValid() {
 		network.Addr6, network.Gateway6 = netip.PrefixFrom(netdev.GuestConstant6, 126), netdev.GuestGateway6
 	}
-	return "console=ttyS0 panic=-1 quiet loglevel=4 reboot=t random.trust_cpu=on " + network.Cmdline()
+	// no-kvmapf: told of a page that its host still has to fetch, a kernel lets the process sleep until it is told that the page has come. A
+	// restore on demand is all such pages, and what is lost of that talk across a restore leaves a process asleep for ever, be it the agent.
+	return "console=ttyS0 panic=-1 quiet loglevel=4 reboot=t random.trust_cpu=on no-kvmapf " + network.Cmdline()
 }
 
 // rates are the template's, and the node's where it has none.

@@ -128,7 +128,7 @@ func Ask(c net.Conn, line string) (string, error) {
 }
 
 // Cmdline boots the test guest: its console is the serial line, and a panic ends it at once.
-const Cmdline = "console=ttyS0 panic=-1 quiet loglevel=4 rdinit=/init mitigations=off"
+const Cmdline = "console=ttyS0 panic=-1 quiet loglevel=4 rdinit=/init mitigations=off no-kvmapf"
 
 // Shape is that of the suite's VMs.
 func Shape() vmm.Shape {
