@@ -66,7 +66,7 @@ func FuzzWithUser(f *testing.F) {
 
 func TestEnsureUser(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("needs root, to give files away")
+		t.Skip("needs root, to give files away: run the tests as root")
 	}
 	root := t.TempDir()
 	put := func(name, content string) {

@@ -436,15 +436,21 @@ func TestRemovalsDoNotDelayTheStart(t *testing.T) {
 	})
 }
 
+// busyAtItsStart returns a node that stopped and left a sandbox running. When it is started again it is not ready before release.
+func busyAtItsStart(t *testing.T) (n *node, release func()) {
+	t.Helper()
+	n = newNode(t).start(keep)
+	n.create(time.Hour)
+	if err := n.stop(); err != nil {
+		t.Fatal(err)
+	}
+	return n, n.host.holdUp("adopt")
+}
+
 // TestLeaseBeforeReady: edges must not take a node for lost because it has much to look at.
 func TestLeaseBeforeReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := newNode(t).start(keep)
-		n.create(time.Hour)
-		if err := n.stop(); err != nil {
-			t.Fatal(err)
-		}
-		release := n.host.holdUp("adopt")
+		n, release := busyAtItsStart(t)
 		before, _ := n.cat.lease()
 		n.make()
 		n.run()
@@ -497,12 +503,7 @@ func TestGoesOnLateAfterACrash(t *testing.T) {
 // seconds no other node placed a sandbox on it.
 func TestLateAnnouncementDoesNotOvertake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := newNode(t).start(keep)
-		n.create(time.Hour)
-		if err := n.stop(); err != nil {
-			t.Fatal(err)
-		}
-		release := n.host.holdUp("adopt")
+		n, release := busyAtItsStart(t)
 		n.cat.late = publishTime / 2
 		n.make()
 		n.run()

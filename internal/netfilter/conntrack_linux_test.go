@@ -83,7 +83,7 @@ func BenchmarkForget(b *testing.B) {
 	for name, together := range map[string]int{"alone": 1, "20 at once": 20} {
 		b.Run(name, func(b *testing.B) {
 			if os.Geteuid() != 0 {
-				b.Skip("the kernel tells only root of its flows")
+				b.Skip("the kernel tells only root of its flows: run it as root")
 			}
 			flows := &Flows{}
 			began := testkit.ProcessorTime(b)

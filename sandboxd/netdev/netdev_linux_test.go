@@ -292,7 +292,7 @@ func TestInside(t *testing.T) {
 func programIn(t testing.TB, netns, name string, args ...string) string {
 	t.Helper()
 	if _, err := exec.LookPath(name); err != nil {
-		t.Skipf("%s is missing: install iproute2 and nftables", name)
+		t.Skipf("%s is missing: apt-get install iproute2 nftables, or make test", name)
 	}
 	var out []byte
 	var err error
@@ -386,9 +386,12 @@ func snapshot(t *testing.T, l *lab.Lab, n *Network) string {
 			fmt.Fprintln(&b, dev.Name, dev.HardwareAddr)
 		}
 	})
+	if _, err := exec.LookPath("nft"); err != nil {
+		t.Skip("no nft to look with: apt-get install nftables, or make test")
+	}
 	out, err := l.Host.Command(t.Context(), "nft", "list", "table", "inet", n.cfg.tableName()).CombinedOutput()
 	if err != nil {
-		t.Skipf("nft: %v\n%s", err, out)
+		t.Fatalf("list the host's table: %v\n%s", err, out)
 	}
 	b.Write(out)
 	return b.String()
