@@ -1,11 +1,11 @@
 package sandboxd
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -123,7 +123,7 @@ var (
 
 // vmHost is where VM machines are tested: a template, not baked, and a store.
 type vmHost struct {
-	prefix     string // of the network's names, for a test beside others
+	prefix     string // of the network's names, for tests beside others and after others that failed
 	hypervisor string
 	state      string
 	template   string
@@ -142,13 +142,15 @@ func newVMHost(t testing.TB) *vmHost {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &vmHost{hypervisor: self, state: state, template: filepath.Join(state, "template")}
+	h := &vmHost{prefix: vmPrefix(), hypervisor: self, state: state, template: filepath.Join(state, "template")}
 	if h.store, err = image.OpenStore(filepath.Join(state, "templates")); err != nil {
 		t.Fatal(err)
 	}
 	writeTemplate(t, h.template)
 	return h
 }
+
+func vmPrefix() string { return fmt.Sprintf("sv%05d", rand.N(100000)) }
 
 // writeTemplate makes what the fake boots from.
 func writeTemplate(t testing.TB, dir string) {
@@ -180,7 +182,7 @@ func newRealVMHost(t *testing.T, agent, tool string) *vmHost {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(state) })
-	h := &vmHost{hypervisor: binary, state: state}
+	h := &vmHost{prefix: vmPrefix(), hypervisor: binary, state: state}
 	if h.store, err = image.OpenStore(filepath.Join(state, "templates")); err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +200,7 @@ func newRealVMHost(t *testing.T, agent, tool string) *vmHost {
 func (h *vmHost) machine(t testing.TB) *VMMachine {
 	t.Helper()
 	m, err := NewVMMachine(t.Context(), VMOptions{
-		Hypervisor: h.hypervisor, Templates: h.store, StateDir: h.state, Network: netdev.Config{NamePrefix: cmp.Or(h.prefix, "slvt")}, Log: zaptest.NewLogger(t),
+		Hypervisor: h.hypervisor, Templates: h.store, StateDir: h.state, Network: netdev.Config{NamePrefix: h.prefix}, Log: zaptest.NewLogger(t),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -29,7 +29,6 @@ func TestVMFaults(t *testing.T) {
 		return
 	}
 	h := newVMHost(t)
-	h.prefix = "slvf"
 	t.Run("ThawedLate", h.testThawedLate)
 	t.Run("CancelledIsNotThawed", h.testCancelled)
 	t.Run("MemoryOfAMuteHypervisor", h.testMuteHypervisor)
@@ -51,6 +50,13 @@ func (h *vmHost) started(t *testing.T, m *VMMachine, id string, slot int) (Place
 	t.Helper()
 	must := mustOf(t)
 	p := Place{ID: id, Dir: filepath.Join(h.dir(t, id), id), Slot: slot, Root: h.template, CPUs: 1, MemoryMiB: 128, DiskMiB: 64}
+	t.Cleanup(func() {
+		if t.Failed() { // before it was removed, perhaps
+			if err := errors.Join(m.Destroy(context.Background(), p, func(Step) {}), m.Close(context.Background())); err != nil {
+				t.Errorf("remove what a failed test left: %v", err)
+			}
+		}
+	})
 	instance, err := m.Start(t.Context(), p, egress.Policy{}, func(Step) {})
 	must("start", err)
 	must("init", instance.Init(t.Context(), guest.InitRequest{MergeEnv: true}))
@@ -230,7 +236,6 @@ func testFullDisk(t *testing.T) {
 	}()
 	t.Setenv("TMPDIR", small)
 	h := newVMHost(t)
-	h.prefix = "slvf"
 	must := mustOf(t)
 	m := h.machine(t)
 	must("setup", m.Setup(t.Context()))
